@@ -1,0 +1,65 @@
+"""Files that are never half written: everything goes to a temporary name first and is renamed into place."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error `path` is left as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    # mkstemp makes files only their owner can read; a saved adapter gets what `open` would have given it.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: str | os.PathLike, needed_bytes: int) -> None:
+    """Raise `OSError` unless `folder` can be written to and has room, so that hours of training are not lost at save.
+
+    Args:
+        folder: The folder that will be written to; made if it does not exist.
+        needed_bytes: How much will be written; one probe file of up to that size (at most 64 MiB) is really written,
+            because quotas and some network disks only say no then.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * min(needed_bytes, 64 * 2**20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"output_dir must be writable with {needed_bytes / 2**20:.1f} MiB free, got {str(folder)!r} "
+            f"({error.strerror}). Free some space or pass another output_dir; nothing was trained",
+        ) from error
