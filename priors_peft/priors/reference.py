@@ -43,7 +43,9 @@ def vocabulary_ids(embedding: nn.Module, tokenizer: Any | None) -> Tensor:
         keep[[index for index in special if index < len(keep)]] = False
     norms = weight.float().norm(dim=-1).cpu()
     keep &= norms > 0.05 * norms[keep].median()
-    _, inverse, counts = weight.float().cpu().unique(dim=0, return_inverse=True, return_counts=True)
+    # Equal rows have equal projections; comparing those costs n log n instead of sorting whole rows.
+    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    _, inverse, counts = (weight.float() @ direction).cpu().unique(return_inverse=True, return_counts=True)
     keep &= counts[inverse] == 1
     return keep.nonzero().squeeze(-1)
 
