@@ -25,6 +25,18 @@ class Provenance:
     model: str | None = None
     revision: str | None = None
 
+    @classmethod
+    def of(cls, source: str, layer: int, reference: Tensor, model: Any | None = None) -> "Provenance":
+        data = reference.detach().float().cpu().contiguous().numpy().tobytes()
+        return cls(
+            source=source,
+            layer=layer,
+            rows=len(reference),
+            sha256=hashlib.sha256(data).hexdigest(),
+            model=getattr(model, "name_or_path", None) or None,
+            revision=getattr(getattr(model, "config", None), "_commit_hash", None),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -77,7 +89,8 @@ def vocabulary_reference(
     deep = [layer for layer in layers if layer > 0]
     if deep:
         generator = torch.Generator().manual_seed(seed)
-        length = min(DEEP_REFERENCE_LENGTH, max(2, model.config.max_position_embeddings))
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", DEEP_REFERENCE_LENGTH)
+        length = min(DEEP_REFERENCE_LENGTH, context)
         count = max(1, DEEP_REFERENCE_ROWS // (length - 1))
         draws = ids[torch.randint(len(ids), (count, length), generator=generator)]
         chunks = []
@@ -85,15 +98,5 @@ def vocabulary_reference(
             hidden = model.base_model(input_ids=batch.to(device), output_hidden_states=True).hidden_states
             chunks.append([hidden[layer][:, 1:].flatten(0, 1).float().cpu() for layer in deep])
         states |= {layer: torch.cat(parts) for layer, parts in zip(deep, zip(*chunks, strict=True), strict=True)}
-    provenance = [
-        Provenance(
-            source="vocabulary",
-            layer=layer,
-            rows=len(states[layer]),
-            sha256=hashlib.sha256(states[layer].numpy().tobytes()).hexdigest(),
-            model=getattr(model, "name_or_path", None) or None,
-            revision=getattr(model.config, "_commit_hash", None),
-        )
-        for layer in layers
-    ]
+    provenance = [Provenance.of("vocabulary", layer, states[layer], model) for layer in layers]
     return [states[layer] for layer in layers], provenance

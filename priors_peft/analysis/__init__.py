@@ -1,0 +1,1 @@
+"""What came out: measures and pictures of prompts, tensors in, plain values out."""

@@ -1,0 +1,107 @@
+"""What is tuned, under which prior: `PriorConfig`, a `PeftConfig`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftType
+from peft.config import PromptLearningConfig
+
+
+@dataclass
+class PriorConfig(PromptLearningConfig):
+    """Configuration of a soft or deep prompt with a prior.
+
+    Args:
+        num_virtual_tokens: Number P of virtual tokens.
+        tuning: `"soft"` trains vectors at the embedding layer; `"deep"` also replaces the hidden states of the prompt
+            positions at the input of every selected layer.
+        prior: Family of the prior (`priors_peft.priors.prior_names()`), or a `Prior` object, used at every selected
+            layer.
+        prior_kwargs: Settings of the family, passed to its `fit`.
+        reference: What the prior is fitted on: `"vocabulary"`, or a tensor `[n, d]`.
+        layers: Selected layers for deep tuning: 0 is the embedding layer, l the input of decoder layer l, negative
+            numbers count from the last. `"all"` (the default for deep) or a list that contains 0.
+        coordinates: `"whitened"` optimises z in θ = µ + A z, `"plain"` optimises θ.
+        prior_weight: Weight of log p(θ) in the objective: 1 is the exact MAP estimate, 0 uses the prior for
+            initialization only, anything else is a tempered posterior.
+        inference: How the posterior is found. `"map"`: its mode.
+        seed: Seed of the initial prompt, so that every process draws the same one.
+
+    Raises:
+        ValueError: An argument is out of range; the message says which.
+    """
+
+    tuning: Literal["soft", "deep"] = field(
+        default="soft", metadata={"help": "soft: prompt vectors at the embedding layer; deep: at every selected layer"}
+    )
+    prior: Any = field(default="structured", metadata={"help": "Family of the prior, or a Prior object"})
+    prior_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the prior's fit"})
+    reference: Any = field(default="vocabulary", metadata={"help": "What the prior is fitted on, or a tensor [n, d]"})
+    layers: Any = field(
+        default=None, metadata={"help": 'Selected layers: "all" or a list with 0 in it; negative numbers from the end'}
+    )
+    coordinates: Literal["whitened", "plain"] = field(
+        default="whitened", metadata={"help": "whitened optimises z in θ = µ + A z, plain optimises θ"}
+    )
+    prior_weight: float = field(
+        default=1.0, metadata={"help": "Weight of log p(θ): 1 MAP, 0 initialization only, else a tempered posterior"}
+    )
+    inference: Literal["map"] = field(default="map", metadata={"help": "How the posterior is found"})
+    seed: int = field(default=0, metadata={"help": "Seed of the initial prompt"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+            raise ValueError(f"num_virtual_tokens must be >= 1, got {self.num_virtual_tokens!r}")
+        for name, allowed in {
+            "tuning": ("soft", "deep"),
+            "coordinates": ("whitened", "plain"),
+            "inference": ("map",),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.prior_weight >= 0:
+            raise ValueError(f"prior_weight must be >= 0, got {self.prior_weight!r}")
+        if isinstance(self.prior, str):
+            from .priors import prior_class
+
+            prior_class(self.prior)
+        if isinstance(self.reference, str) and self.reference != "vocabulary":
+            raise ValueError(f'reference must be "vocabulary" or a tensor [n, d], got {self.reference!r}')
+        if self.modules_to_save:
+            raise ValueError(
+                f"modules_to_save must be None, got {self.modules_to_save!r}: only the prompt is trained here"
+            )
+        self.peft_type = PeftType.PROMPT_TUNING if self.tuning == "soft" else PeftType.PREFIX_TUNING
+
+    def selected_layers(self, num_layers: int) -> list[int]:
+        """The selected layers as sorted numbers in [0, num_layers).
+
+        Raises:
+            ValueError: A layer does not exist, 0 is missing, or soft tuning asks for deeper layers.
+        """
+        if self.tuning == "soft":
+            if self.layers not in (None, [0]):
+                raise ValueError(
+                    f'layers must be None or [0] for tuning="soft", got {self.layers!r}: use tuning="deep"'
+                )
+            return [0]
+        if self.layers is None or self.layers == "all":
+            return list(range(num_layers))
+        if not isinstance(self.layers, (list, tuple)) or not all(isinstance(layer, int) for layer in self.layers):
+            raise ValueError(f'layers must be "all" or a list of integers, got {self.layers!r}')
+        wrong = [layer for layer in self.layers if not -num_layers <= layer < num_layers]
+        if wrong:
+            raise ValueError(f"layers must be in [{-num_layers}, {num_layers}) for this model, got {wrong}")
+        layers = sorted({layer % num_layers for layer in self.layers})
+        if 0 not in layers:
+            raise ValueError(f"layers must contain 0, where the prompt positions start, got {self.layers!r}")
+        return layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; objects and tensors are named, not stored."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("prior", "reference"):
+            if not isinstance(values[name], str):
+                values[name] = type(values[name]).__name__
+        return values | {"peft_type": self.peft_type.value}

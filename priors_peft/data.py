@@ -1,0 +1,74 @@
+"""From prompt-completion rows to token ids whose labels cover the completion only."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+IGNORED = -100
+
+
+def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dataset | IterableDataset:
+    """Tokenize TRL's prompt-completion form.
+
+    Prompt and completion are tokenized apart, so that generation sees exactly the prompt that training saw, and the
+    completion ends with the end-of-sequence token. A row that is too long loses the start of its prompt, never its
+    answer, unless the completion alone is too long.
+
+    Args:
+        dataset: Rows with string columns `prompt` and `completion`, or with `input_ids` and `labels`, which are left
+            as they are. A list of rows will do.
+        tokenizer: The base model's tokenizer.
+        max_length: Most tokens of a row, without virtual tokens; None for no limit.
+
+    Returns:
+        Columns `input_ids`, `attention_mask` and `labels`.
+
+    Raises:
+        ValueError: A column is missing, or a completion has no tokens.
+    """
+    if isinstance(dataset, list):
+        dataset = Dataset.from_list(dataset)
+    columns = dataset.column_names or []
+    if {"input_ids", "labels"} <= set(columns):
+        return dataset
+    if not {"prompt", "completion"} <= set(columns):
+        raise ValueError(f"dataset must have the columns prompt and completion, got {columns}")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
+        prompts = tokenizer(rows["prompt"])["input_ids"]
+        completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
+        encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for index, prompt, completion in zip(indices, prompts, completions, strict=True):
+            if not completion:
+                raise ValueError(
+                    f"completion must not be empty, got {rows['completion'][index - indices[0]]!r} in row {index}"
+                )
+            completion = completion + [token for token in end if completion[-1] != token]
+            if max_length is not None:
+                completion = completion[:max_length]
+                prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
+            encoded["input_ids"].append(prompt + completion)
+            encoded["attention_mask"].append([1] * len(encoded["input_ids"][-1]))
+            encoded["labels"].append([IGNORED] * len(prompt) + completion)
+        return encoded
+
+    progress = {} if isinstance(dataset, IterableDataset) else {"desc": "Tokenizing"}
+    return dataset.map(encode, batched=True, with_indices=True, remove_columns=columns, **progress)
+
+
+def count_supervised_tokens(dataset: Dataset) -> int:
+    """Number N of supervised tokens in a tokenized dataset."""
+    return sum(len(row) - row.count(IGNORED) for row in dataset["labels"])
+
+
+def prompts_of(
+    input_ids: list[list[int]], attention_mask: list[list[int]], labels: list[list[int]]
+) -> list[list[int]]:
+    """The part of each row that comes before its first supervised token, without padding."""
+    prompts = []
+    for row, mask, targets in zip(input_ids, attention_mask, labels, strict=True):
+        first = next((index for index, label in enumerate(targets) if label != IGNORED), len(targets))
+        prompts.append([token for token, kept in zip(row[:first], mask[:first], strict=True) if kept])
+    return prompts

@@ -1,0 +1,1 @@
+"""The way in and out: base models, save and load, model card, push, export."""

@@ -1,0 +1,356 @@
+"""An adapter folder: a stock PEFT adapter that loads anywhere, plus sidecars with which training goes on exactly."""
+
+import importlib.metadata
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import PriorConfig
+from ..files import atomic_path, sha256, write_json
+from ..priors import GaussianPrior, Prior, prior_class
+from ..priors.reference import Provenance
+from ..prompt import PriorPromptEncoder
+
+
+if TYPE_CHECKING:
+    from ..model import PriorPeftModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PRIOR_CONFIG, PRIOR_WEIGHTS = "prior_config.json", "prior.safetensors"
+FORMAT_VERSION = 1
+PACKAGES = ("priors_peft", "torch", "transformers", "peft")
+
+
+# Saving
+
+
+def save_adapters(
+    model: "PriorPeftModel", folder: str | os.PathLike, names: list[str] | None = None, is_main_process: bool = True
+) -> None:
+    """Save prompts; `"default"` at the root of the folder, others in a subfolder of their name, as PEFT does.
+
+    Every process calls this, since a sharded model needs all of them for the prompt pass; one of them writes.
+
+    Raises:
+        ValueError: A name is unknown, or a prompt is not finite; what the folder held is left as it was.
+        NotADirectoryError: `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save_directory must be a folder, got the file {str(folder)!r}")
+    names = list(model.peft_config) if names is None else names
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown:
+        raise ValueError(f"selected_adapters must be among {list(model.peft_config)}, got {unknown}")
+    for name in names:
+        stock = stock_adapter(model, name)
+        if is_main_process:
+            _write(model, name, *stock, folder if name == "default" else folder / name)
+
+
+@torch.no_grad()
+def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights with which stock PEFT gives the same model: θ if soft, its key/value cache if deep."""
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    prompt = encoder()
+    if not torch.isfinite(prompt).all():
+        raise ValueError(f"the prompt {name!r} must be finite to be saved, got inf or nan: load the last checkpoint")
+    shared = {
+        "task_type": config.task_type,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "num_layers": config.num_layers,
+        "num_transformer_submodules": 1,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "inference_mode": True,
+    }
+    if config.tuning == "soft":
+        heads = config.num_attention_heads
+        stock = PromptTuningConfig(**shared, token_dim=config.token_dim, num_attention_heads=heads)
+        weights = prompt[0]
+    else:
+        cache = _prompt_cache(model, name, prompt)
+        shapes = {tuple(layer.keys.shape) for layer in cache.layers} | {
+            tuple(layer.values.shape) for layer in cache.layers
+        }
+        if len(shapes) > 1 or len(cache.layers) != config.num_layers or shapes.copy().pop()[2] != len(prompt[0]):
+            raise ValueError(
+                f"tuning must be soft for {type(model.base_model).__name__}: stock PREFIX_TUNING can't hold layers of "
+                f"different key/value shapes, got {sorted(shapes)}"
+            )
+        _, heads, _, width = shapes.pop()
+        # PEFT's layout: layer l's key in slot 2l, its value in slot 2l + 1, each [P, heads, width].
+        slots = [states[0].transpose(0, 1) for layer in cache.layers for states in (layer.keys, layer.values)]
+        weights = torch.stack(slots, dim=1).flatten(1)
+        stock = PrefixTuningConfig(
+            **shared, token_dim=heads * width, num_attention_heads=heads, encoder_hidden_size=heads * width
+        )
+    stock_dict = {key: value for key, value in stock.to_dict().items()}
+    return stock_dict, {"prompt_embeddings": weights.float().cpu().contiguous()}
+
+
+def _prompt_cache(model: "PriorPeftModel", name: str, prompt: Tensor) -> Any:
+    active, training = model.active_adapter, model.base_model.training
+    model.active_adapter = name
+    model.base_model.eval()
+    try:
+        return model.prompt_pass(prompt)[0]
+    finally:
+        model.active_adapter = active
+        model.base_model.train(training)
+
+
+def _write(
+    model: "PriorPeftModel", name: str, stock: dict[str, Any], weights: dict[str, Tensor], folder: Path
+) -> None:
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    with torch.no_grad():
+        state["prompt"] = encoder().cpu()
+    for file, tensors in ((ADAPTER_WEIGHTS, weights), (PRIOR_WEIGHTS, state)):
+        with atomic_path(folder / file) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG, stock)
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    settings = config.to_dict() | {"prior": [_family(prior) for prior in encoder.priors][0]}
+    write_json(
+        folder / PRIOR_CONFIG,
+        {
+            "format_version": FORMAT_VERSION,
+            "config": settings,
+            "reference": [provenance.to_dict() for provenance in model.provenance.get(name, [])],
+            "versions": versions,
+            "sha256": {file: sha256(folder / file) for file in (ADAPTER_WEIGHTS, PRIOR_WEIGHTS)},
+        },
+    )
+
+
+def _family(prior: Prior) -> str:
+    package, _, module = type(prior).__module__.rpartition(".")
+    return module if package == Prior.__module__.rpartition(".")[0] else type(prior).__qualname__
+
+
+# Loading
+
+
+@dataclass
+class SavedAdapter:
+    """What an adapter folder holds.
+
+    Args:
+        config: The configuration to load it with.
+        provenance: Where the prior's references came from.
+        priors: One fitted prior for each selected layer.
+        prompt: θ, shape `[S, P, d]`.
+        initial_prompt: θ before training, shape `[S, P, d]`.
+        coordinate: The trained parameter, or None if it must be derived from θ.
+    """
+
+    config: PriorConfig
+    provenance: list[Provenance]
+    priors: list[Prior]
+    prompt: Tensor
+    initial_prompt: Tensor
+    coordinate: Tensor | None = None
+
+    def encoder(self) -> PriorPromptEncoder:
+        """A prompt encoder in the saved state, exactly."""
+        encoder = PriorPromptEncoder(self.priors, self.config.coordinates, self.initial_prompt)
+        if self.coordinate is None:
+            encoder.set_prompt(self.prompt)
+        else:
+            with torch.no_grad():
+                encoder.coordinate.copy_(self.coordinate)
+        return encoder
+
+    def restore(self, encoder: PriorPromptEncoder) -> None:
+        """Put the saved state into an encoder in place, so that optimizers keep its parameter."""
+        saved = self.encoder()
+        if encoder.coordinates != saved.coordinates or encoder.coordinate.shape != saved.coordinate.shape:
+            raise ValueError(
+                f"the checkpoint must hold a {encoder.coordinates} prompt of shape {tuple(encoder.coordinate.shape)} "
+                f"like the model's, got a {saved.coordinates} one of shape {tuple(saved.coordinate.shape)}: "
+                "use the configuration it was trained with"
+            )
+        encoder.load_state_dict(saved.state_dict())
+
+    def check_fits(self, model: torch.nn.Module) -> None:
+        """Raise `ValueError` unless the prompt is as wide and as deep as the base model."""
+        width = model.get_input_embeddings().weight.shape[1]
+        layers = model.config.get_text_config().num_hidden_layers
+        if self.prompt.shape[-1] != width:
+            raise ValueError(
+                f"the adapter must fit the base model: its prompt has hidden size {self.prompt.shape[-1]}, the model "
+                f"{width}. It was trained on {self.config.base_model_name_or_path or 'an unnamed model'}"
+            )
+        if self.config.num_layers is not None and self.config.num_layers != layers:
+            raise ValueError(
+                f"the adapter must fit the base model: it was trained on {self.config.num_layers} layers, the model "
+                f"has {layers}. It was trained on {self.config.base_model_name_or_path or 'an unnamed model'}"
+            )
+
+
+def read_adapter(
+    model_id: str | os.PathLike, config: PriorConfig | None = None, is_trainable: bool = False, **hub_arguments: Any
+) -> SavedAdapter:
+    """Read an adapter folder, local or on the Hub; nothing that is read can run code.
+
+    Args:
+        model_id: A local folder or a Hub id.
+        config: Used instead of the saved configuration; what the saved tensors decide must agree with it.
+        is_trainable: Whether training will go on.
+        **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... for `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: A file is damaged, or it is not a soft or deep prompt.
+    """
+    stock = _read_json(_required(model_id, ADAPTER_CONFIG, hub_arguments))
+    weights_path = _required(model_id, ADAPTER_WEIGHTS, hub_arguments)
+    prior_config = _fetch(model_id, PRIOR_CONFIG, hub_arguments)
+    if prior_config is None:
+        return _from_stock(stock, weights_path, is_trainable)
+    described = _read_json(prior_config)
+    prior_path = _required(model_id, PRIOR_WEIGHTS, hub_arguments)
+    if described.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"format_version must be {FORMAT_VERSION} in {prior_config}, got {described.get('format_version')!r}: "
+            "update priors_peft"
+        )
+    for path in (weights_path, prior_path):
+        if described.get("sha256", {}).get(path.name) != sha256(path):
+            raise ValueError(
+                f"{path} is damaged or was changed after it was saved (its SHA-256 is not the one in {PRIOR_CONFIG}). "
+                f"Fetch it again; to use {ADAPTER_WEIGHTS} as it is, delete {PRIOR_CONFIG} and {PRIOR_WEIGHTS}"
+            )
+    saved = _config_from(described, prior_config)
+    family = saved.prior
+    if config is not None:
+        saved = _overridden(saved, config)
+    saved.inference_mode = not is_trainable
+    state = _read_tensors(prior_path)
+    try:
+        count = len(state["prompt"])
+        priors = [_prior(family, saved, state, index) for index in range(count)]
+        coordinate = state["coordinate"] if saved.coordinates == described["config"]["coordinates"] else None
+        expected = (count, saved.num_virtual_tokens, saved.token_dim)
+        for name in ("prompt", "coordinate", "initial_prompt"):
+            if tuple(state[name].shape) != expected:
+                raise ValueError(f"{name} in {prior_path} must have shape {expected}, got {tuple(state[name].shape)}")
+        provenance = [Provenance(**entry) for entry in described.get("reference", [])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{prior_path} and {prior_config} must belong together, got a mismatch at {error}") from error
+    return SavedAdapter(saved, provenance, priors, state["prompt"], state["initial_prompt"], coordinate)
+
+
+def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: int) -> Prior:
+    prefix = f"priors.{index}."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if isinstance(config.prior, Prior):
+        return type(config.prior).from_state_dict(own)
+    return prior_class(family).from_state_dict(own)
+
+
+def _config_from(described: dict[str, Any], path: Path) -> PriorConfig:
+    values = described.get("config")
+    known = {field.name for field in fields(PriorConfig)} - {"peft_type", "peft_version", "auto_mapping"}
+    if not isinstance(values, dict):
+        raise ValueError(f"config must be an object in {path}, got {type(values).__name__}")
+    values = {key: value for key, value in values.items() if key in known}
+    # A reference that was a tensor is known by its provenance only; it is not needed again.
+    values["reference"] = "vocabulary"
+    try:
+        return PriorConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a valid configuration, got: {error}") from error
+
+
+def _overridden(saved: PriorConfig, config: PriorConfig) -> PriorConfig:
+    for name in ("num_virtual_tokens", "tuning"):
+        if getattr(saved, name) != getattr(config, name):
+            raise ValueError(
+                f"{name} must be the saved adapter's {getattr(saved, name)!r}, got {getattr(config, name)!r}"
+            )
+    for name in ("prior", "coordinates", "prior_weight", "inference"):
+        setattr(saved, name, getattr(config, name))
+    return saved
+
+
+def _from_stock(stock: dict[str, Any], weights_path: Path, is_trainable: bool) -> SavedAdapter:
+    """A soft prompt saved by stock PEFT: no prior is known, so none is used."""
+    if stock.get("peft_type") != "PROMPT_TUNING":
+        raise ValueError(
+            f"peft_type must be PROMPT_TUNING where there is no {PRIOR_CONFIG}, got {stock.get('peft_type')!r}: "
+            "load it with peft.PeftModel"
+        )
+    tensors = _read_tensors(weights_path)
+    prompt = tensors.get("prompt_embeddings")
+    if prompt is None or prompt.ndim != 2:
+        raise ValueError(f"{weights_path} must hold prompt_embeddings of shape [P, d], got {list(tensors)}")
+    prompt = prompt.float()
+    prior = GaussianPrior(prompt.mean(0), prompt.std(correction=0).clamp_min(1e-6).expand(prompt.shape[1]).clone())
+    config = PriorConfig(
+        task_type=stock.get("task_type") or "CAUSAL_LM",
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        base_model_name_or_path=stock.get("base_model_name_or_path"),
+        revision=stock.get("revision"),
+        prior="gaussian",
+        coordinates="plain",
+        prior_weight=0.0,
+        inference_mode=not is_trainable,
+    )
+    return SavedAdapter(config, [], [prior], prompt[None], prompt[None].clone())
+
+
+def _fetch(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path | None:
+    """Local path of one file of an adapter, or None if the adapter exists without it."""
+    folder = Path(model_id, hub_arguments.get("subfolder") or "")
+    if folder.is_dir():
+        return folder / filename if (folder / filename).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(model_id), filename, **hub_arguments))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"model_id must be a local folder or reachable on the Hub, got {str(model_id)!r}, which is neither here "
+            f"nor in the cache, and the Hub can't be reached for {filename}"
+        ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"model_id must be an existing folder or a Hub id, got {str(model_id)!r}") from error
+    except EntryNotFoundError:
+        return None
+
+
+def _required(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path:
+    path = _fetch(model_id, filename, hub_arguments)
+    if path is None:
+        raise FileNotFoundError(f"model_id must be an adapter, got {str(model_id)!r}, which has no {filename}")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be JSON, got: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error

@@ -1,0 +1,616 @@
+"""The tuned model: a prompt pass for the whole batch, a text pass, and the head on supervised positions only."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
+from transformers.utils import logging
+
+from .config import PriorConfig
+from .priors import Prior, prior_class
+from .priors.reference import Provenance, vocabulary_reference
+from .prompt import PriorPromptEncoder
+
+
+logger = logging.get_logger(__name__)
+
+# `transformers.pipeline` knows models by the name of their class; without this it prints an error and works all the same.
+SUPPORTED_PEFT_TASKS["text-generation"].append("PriorPeftModel")
+
+
+@dataclass
+class PriorCausalLMOutput(CausalLMOutputWithPast):
+    """Outputs of a causal language model with a prompt.
+
+    Args:
+        loss: Mean negative log likelihood of the supervised tokens, in nats.
+        logits: Aligned with `input_ids`, shape `[B, L, V]`; None in training, where they are never built.
+        row_nll: Summed negative log likelihood of each row's supervised tokens, in nats, shape `[B]`.
+        row_tokens: Number of supervised tokens of each row, shape `[B]`.
+        log_prior: log p(θ) of the prompt, in nats; in training, where `prior_weight` is not 0.
+    """
+
+    row_nll: Tensor | None = None
+    row_tokens: Tensor | None = None
+    log_prior: Tensor | None = None
+
+
+class PriorPeftModel(PeftModelForCausalLM):
+    """A frozen causal language model with a soft or deep prompt under a prior.
+
+    Args:
+        model: The base model; its weights are frozen in place.
+        peft_config: What is tuned, under which prior.
+        adapter_name: Name of this prompt.
+        tokenizer: Tells which vocabulary rows are special, so that the prior is not fitted on them.
+
+    Raises:
+        ValueError: The base model can't take a prompt, or the configuration does not fit it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        peft_config: PriorConfig,
+        adapter_name: str = "default",
+        tokenizer: Any | None = None,
+        encoder: PriorPromptEncoder | None = None,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        check_base_model(model)
+        self.tokenizer = tokenizer
+        self.provenance: dict[str, list[Provenance]] = {}
+        # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
+        self._given_encoder = encoder
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.train(model.training)
+
+    # Adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PriorConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained prompt: fit its prior on the reference and draw its start from it.
+
+        Soft and deep prompts may live side by side. `low_cpu_mem_usage` and `autocast_adapter_dtype` are PEFT's and
+        change nothing here: a prompt is small and always float32.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name must be new, got {adapter_name!r}, which this model already has")
+        if not isinstance(peft_config, PriorConfig):
+            raise TypeError(f"peft_config must be a PriorConfig, got {type(peft_config).__name__}")
+        layers = self._prepare_config(peft_config)
+        encoder, self._given_encoder = self._given_encoder, None
+        if encoder is None:
+            encoder = self._new_encoder(adapter_name, peft_config, layers)
+        if not hasattr(self, "prompt_encoder"):
+            self.prompt_encoder = nn.ModuleDict()
+            self.base_model.requires_grad_(False)
+        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.get_input_embeddings().weight.device)
+        self.peft_config[adapter_name] = peft_config
+        self.set_requires_grad(adapter_name, adapter_name == self.active_adapter and not peft_config.inference_mode)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make a prompt the active one; it alone is trainable, unless `inference_mode`."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name must be one of {list(self.peft_config)}, got {adapter_name!r}")
+        self.active_adapter = adapter_name
+        for name in self.peft_config:
+            self.set_requires_grad(name, name == adapter_name and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Turn the gradients of prompts on or off."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.prompt_encoder[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a prompt; if it was active, the first that is left becomes active."""
+        if adapter_name not in self.peft_config or len(self.peft_config) == 1:
+            raise ValueError(
+                f"adapter_name must be one of {list(self.peft_config)} and not the last, got {adapter_name!r}"
+            )
+        del self.peft_config[adapter_name], self.prompt_encoder[adapter_name]
+        self.provenance.pop(adapter_name, None)
+        if self.active_adapter == adapter_name:
+            self.set_adapter(next(iter(self.peft_config)))
+
+    def _prepare_config(self, config: PriorConfig) -> list[int]:
+        """Fill in what PEFT keeps about the base model; return the selected layers."""
+        text_config = self.base_model.config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None)
+        if context is not None and config.num_virtual_tokens >= context:
+            raise ValueError(
+                f"num_virtual_tokens must leave room for text in the model's context of {context} tokens, got "
+                f"{config.num_virtual_tokens}"
+            )
+        config.num_layers = text_config.num_hidden_layers
+        layers = config.selected_layers(config.num_layers)
+        config.token_dim = self.base_model.get_input_embeddings().weight.shape[1]
+        if len(layers) > 1 and config.token_dim != text_config.hidden_size:
+            raise ValueError(
+                f'tuning must be "soft" for a model whose embeddings ({config.token_dim}) and hidden states '
+                f'({text_config.hidden_size}) differ in width, got "deep"'
+            )
+        if len(layers) > 1 and not supports_prompt_cache(self.base_model):
+            raise ValueError(
+                f'tuning must be "soft" for {type(self.base_model).__name__}, which has no key/value cache of every '
+                'layer, got "deep"'
+            )
+        config.num_attention_heads = text_config.num_attention_heads
+        config.num_transformer_submodules = 1
+        config.task_type = config.task_type or "CAUSAL_LM"
+        config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
+        return layers
+
+    def _new_encoder(self, adapter_name: str, config: PriorConfig, layers: list[int]) -> PriorPromptEncoder:
+        if isinstance(config.prior, Prior):
+            priors, provenance = [copy.deepcopy(config.prior) for _ in layers], []
+        else:
+            references, provenance = self._references(config, layers)
+            family = prior_class(config.prior)
+            priors = [family.fit(reference, **config.prior_kwargs) for reference in references]
+        for prior in priors:
+            if prior.dim != config.token_dim:
+                raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
+        generator = torch.Generator().manual_seed(config.seed)
+        prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
+        self.provenance[adapter_name] = provenance
+        return PriorPromptEncoder(priors, config.coordinates, prompt)
+
+    def _references(self, config: PriorConfig, layers: list[int]) -> tuple[list[Tensor], list[Provenance]]:
+        if not isinstance(config.reference, Tensor):
+            return vocabulary_reference(self.base_model, layers, self.tokenizer, config.seed)
+        return [config.reference] * len(layers), [Provenance.of("tensor", layer, config.reference) for layer in layers]
+
+    # Forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> PriorCausalLMOutput | tuple:
+        """Run the prompt and the text.
+
+        Args:
+            input_ids: Shape `[B, L]`, without the prompt; or give `inputs_embeds` `[B, L, d]`.
+            attention_mask: 1 for text, 0 for padding on either side, shape `[B, L]`.
+            labels: Token ids, −100 where unsupervised, shape `[B, L]`. As in PEFT the first token of a row can be
+                supervised: the last virtual token predicts it.
+            position_ids: Positions in the text, shape `[B, L]`; counted from the attention mask if None.
+            past_key_values: A cache that this model returned (`use_cache=True`); the prompt is in it already.
+            num_items_in_batch: What the summed loss is divided by; the number of supervised tokens if None.
+            return_logits: Whether to build `[B, L, V]` logits. By default not in training with labels.
+
+        Returns:
+            Loss in nats per supervised token, logits aligned with `input_ids`, and each row's likelihood.
+        """
+        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        text = next(iter(inputs.values()))
+        if text is None:
+            raise ValueError("input_ids or inputs_embeds must be given, got neither")
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return self._continue(inputs, text, attention_mask, position_ids, past_key_values, labels, kwargs)
+        if token_type_ids is not None:
+            logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
+        encoder = self.prompt_encoder[self.active_adapter]
+        prompt = encoder()
+        if position_ids is not None:
+            position_ids = position_ids + prompt.shape[1]
+        elif attention_mask is not None:
+            position_ids = prompt.shape[1] + (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        run = self._concatenated_pass if self._concatenates() else self._cached_pass
+        supervision = None if labels is None else Supervision.of(labels, attention_mask)
+        whole = return_logits if return_logits is not None else (labels is None or not self.training)
+        outputs = run(prompt, inputs, text, attention_mask, position_ids, supervision, whole, kwargs)
+        logits = outputs.logits
+        result = PriorCausalLMOutput(
+            past_key_values=outputs.past_key_values if kwargs.get("use_cache") else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if supervision is not None:
+            scored = logits[supervision.rows, supervision.predictors + 1] if whole else logits[0]
+            nll = nn.functional.cross_entropy(scored.float(), supervision.targets, reduction="none")
+            result.row_nll = nll.new_zeros(len(text)).index_add(0, supervision.rows, nll.detach())
+            result.row_tokens = torch.bincount(supervision.rows, minlength=len(text))
+            count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
+            result.loss = nll.sum() / count
+            if self.training and self.active_peft_config.prior_weight:
+                result.log_prior = encoder.log_prob(prompt)
+            logits = logits[:, 1:] if whole else None
+        result.logits = logits
+        return result if return_dict is not False else result.to_tuple()
+
+    def _cached_pass(self, prompt, inputs, text, attention_mask, position_ids, supervision, whole, kwargs):
+        """Prompt once at batch 1, then the text over its cache. Exact, as prompt positions never see the text."""
+        cache, last = self.prompt_pass(prompt)
+        batch, length = text.shape[:2]
+
+        def with_prompt(hidden: Tensor) -> Tensor:
+            return torch.cat([last.expand(batch, 1, -1), hidden], dim=1)
+
+        with self._head_input(supervision, whole, with_prompt):
+            return self.base_model(
+                **inputs,
+                **self._positions(position_ids),
+                attention_mask=_extended(attention_mask, prompt.shape[1]),
+                past_key_values=expand_cache(cache, batch),
+                **{"use_cache": False, **kwargs},
+            )
+
+    def _concatenated_pass(self, prompt, inputs, text, attention_mask, position_ids, supervision, whole, kwargs):
+        """Prompt and text as one sequence, for gradient checkpointing and models without a key/value cache."""
+        batch, length = text.shape[:2]
+        count = prompt.shape[1]
+        embeddings = inputs.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = self.base_model.get_input_embeddings()(text)
+        start = prompt[0].to(embeddings.dtype).expand(batch, -1, -1)
+        if position_ids is not None:
+            before = torch.arange(count, device=position_ids.device).expand(batch, -1)
+            position_ids = torch.cat([before, position_ids], dim=1)
+        with self._deep_prompt(prompt), self._head_input(supervision, whole, lambda hidden: hidden[:, count - 1 :]):
+            outputs = self.base_model(
+                inputs_embeds=torch.cat([start, embeddings], dim=1),
+                attention_mask=_extended(attention_mask, count),
+                **self._positions(position_ids),
+                **{"use_cache": False, **kwargs},
+            )
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(hidden[:, count:] for hidden in outputs.hidden_states)
+        return outputs
+
+    def prompt_pass(self, prompt: Tensor) -> tuple[DynamicCache, Tensor]:
+        """Run the virtual tokens alone.
+
+        Args:
+            prompt: θ, shape `[S, P, d]`.
+
+        Returns:
+            The key/value cache of P positions at batch 1, and the last virtual token's final hidden state
+            `[1, 1, d]`, which predicts the first token of every row.
+        """
+        start = prompt[:1].to(self.base_model.get_input_embeddings().weight.dtype)
+        with self._deep_prompt(prompt):
+            outputs = self.base_model.base_model(inputs_embeds=start, use_cache=True)
+        return outputs.past_key_values, outputs.last_hidden_state[:, -1:]
+
+    def _continue(self, inputs, text, attention_mask, position_ids, cache, labels, kwargs) -> Any:
+        """One more step over a cache that holds the prompt: lengths in the caller's mask don't count the prompt."""
+        missing = cache.get_seq_length() + text.shape[1] - (0 if attention_mask is None else attention_mask.shape[1])
+        if position_ids is not None:
+            position_ids = position_ids + self.active_peft_config.num_virtual_tokens
+        return self.base_model(
+            **inputs,
+            **self._positions(position_ids),
+            attention_mask=_extended(attention_mask, missing),
+            past_key_values=cache,
+            labels=labels,
+            **kwargs,
+        )
+
+    def _concatenates(self) -> bool:
+        """Whether prompt and text must run as one sequence; the one place where that is decided."""
+        return not supports_prompt_cache(self.base_model) or (
+            self.training and self.base_model.is_activation_checkpointing
+        )
+
+    def _positions(self, position_ids: Tensor | None) -> dict[str, Tensor]:
+        # ALiBi models (BLOOM, MPT) take positions from the attention mask and have no such argument.
+        accepted = "position_ids" in inspect.signature(self.base_model.forward).parameters
+        return {"position_ids": position_ids} if accepted and position_ids is not None else {}
+
+    @contextmanager
+    def _deep_prompt(self, prompt: Tensor) -> Iterator[None]:
+        """Replace the hidden states of the first P positions at the input of every selected deeper layer."""
+        layers = self.active_peft_config.selected_layers(self.active_peft_config.num_layers)
+        handles = []
+        if len(layers) > 1:
+            blocks = decoder_layers(self.base_model)
+            for layer, theta in zip(layers[1:], prompt[1:], strict=True):
+                hook = _replace_prompt(theta)
+                handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _head_input(
+        self, supervision: "Supervision | None", whole: bool, aligned: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Choose the positions that reach the LM head; all that the architecture does after it still happens.
+
+        Args:
+            supervision: Supervised positions, or None to keep exactly the text's.
+            whole: Whether all positions of the text are wanted.
+            aligned: Makes `[B, 1 + L, d]` of the head's input: the last virtual token's state, then the text's.
+        """
+
+        def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = aligned(arguments[0])
+            if supervision is None:
+                hidden = hidden[:, 1:]
+            elif not whole:
+                hidden = hidden[supervision.rows, supervision.predictors + 1].unsqueeze(0)
+            return (hidden, *arguments[1:])
+
+        handle = self.base_model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # Generation
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """`transformers`' `generate` after the prompt; arguments and results are those of the base model."""
+        base = self.base_model
+        base.generation_config = self.generation_config
+        cache = kwargs.get("past_key_values")
+        if self._adapters_disabled or (cache is not None and cache.get_seq_length() > 0):
+            return base.generate(inputs, **kwargs)
+        input_ids, embeddings = kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None)
+        text = input_ids if embeddings is None else embeddings
+        if text is None:
+            raise ValueError("input_ids or inputs_embeds must be given, got neither")
+        mask = kwargs.pop("attention_mask", None)
+        config = kwargs.get("generation_config") or base.generation_config
+        if mask is None:
+            pad = config.pad_token_id
+            inferable = embeddings is None and pad is not None and pad not in _as_list(config.eos_token_id)
+            mask = text.ne(pad).long() if inferable else torch.ones(text.shape[:2], device=text.device).long()
+        prompt = self.prompt_encoder[self.active_adapter]()
+        mask = _extended(mask, prompt.shape[1])
+        if self._concatenates():
+            embeddings = base.get_input_embeddings()(text) if embeddings is None else embeddings
+        if embeddings is not None:
+            start = prompt[0].to(embeddings.dtype).expand(len(text), -1, -1)
+            kwargs["inputs_embeds"] = torch.cat([start, embeddings], dim=1)
+        if self._concatenates():
+            with self._deep_prompt(prompt):
+                generated = base.generate(attention_mask=mask, **kwargs)
+            return generated if input_ids is None else _prepended(input_ids, generated)
+        # Beams and samples are rows too; generate repeats its tensors for them but not a cache.
+        repeats = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in _REPEATING)
+        kwargs["past_key_values"] = expand_cache(self.prompt_pass(prompt)[0], len(text) * repeats)
+        return base.generate(input_ids, attention_mask=mask, **kwargs)
+
+    def get_prompt(self, batch_size: int, task_ids: None = None, max_cache_len: int | None = None) -> Any:
+        """θ `[batch_size, P, d]` of a soft prompt, or the key/value cache of a deep one, as PEFT gives them."""
+        prompt = self.prompt_encoder[self.active_adapter]()
+        if self.active_peft_config.tuning == "soft":
+            return prompt.expand(batch_size, -1, -1)
+        return expand_cache(self.prompt_pass(prompt)[0], batch_size)
+
+    # Saving and loading
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Save prompts as stock PEFT adapters with sidecars; see `priors_peft.hub.adapter.save_adapter`."""
+        from .hub.adapter import save_adapters
+
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True, got False: prompts are saved as safetensors only")
+        save_adapters(self, save_directory, selected_adapters, is_main_process)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        model_id: str,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PriorConfig | None = None,
+        **kwargs: Any,
+    ) -> "PriorPeftModel":
+        """Load a prompt onto its base model.
+
+        Args:
+            model: The base model.
+            model_id: A local folder or a Hub id.
+            adapter_name: Name the prompt gets here.
+            is_trainable: Whether to go on training it.
+            config: A changed configuration, for a different `prior_weight` say; by default the saved one.
+            **kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, for the Hub.
+
+        Raises:
+            ValueError: The adapter is damaged, is not a soft or deep prompt, or does not fit the base model.
+        """
+        from .hub.adapter import read_adapter
+
+        saved = read_adapter(model_id, config=config, is_trainable=is_trainable, **kwargs)
+        saved.check_fits(model)
+        tuned = cls(model, saved.config, adapter_name, encoder=saved.encoder())
+        tuned.provenance[adapter_name] = saved.provenance
+        return tuned if is_trainable else tuned.eval()
+
+    def load_adapter(
+        self,
+        model_id: str,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a prompt beside the others, or the state of one that is there already (as `Trainer` does to resume)."""
+        from .hub.adapter import read_adapter
+
+        hub_arguments, _ = self._split_kwargs(kwargs)
+        saved = read_adapter(model_id, is_trainable=is_trainable, **hub_arguments)
+        saved.check_fits(self.base_model)
+        if adapter_name not in self.peft_config:
+            self._given_encoder = saved.encoder()
+            self.add_adapter(adapter_name, saved.config)
+            self.provenance[adapter_name] = saved.provenance
+            self.set_requires_grad(adapter_name, is_trainable)
+        else:
+            saved.restore(self.prompt_encoder[adapter_name])
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def get_prior_model(
+    base_model: PreTrainedModel, config: PriorConfig, tokenizer: Any | None = None, adapter_name: str = "default"
+) -> PriorPeftModel:
+    """Wrap a causal language model with a prompt under a prior.
+
+    Args:
+        base_model: The model to adapt; its weights are frozen in place.
+        config: What is tuned, under which prior.
+        tokenizer: Tells which vocabulary rows are special, so that the prior is not fitted on them.
+        adapter_name: Name of the prompt.
+
+    Raises:
+        ValueError: The base model can't take a prompt, or the configuration does not fit it.
+    """
+    return PriorPeftModel(base_model, config, adapter_name, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which tokens of a batch are supervised.
+
+    Args:
+        rows: Row of each supervised token, shape `[N]`.
+        predictors: Position in the row that predicts it, −1 for the last virtual token, shape `[N]`.
+        targets: Token ids, shape `[N]`.
+    """
+
+    rows: Tensor
+    predictors: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, attention_mask: Tensor | None) -> "Supervision":
+        rows, columns = (labels != -100).nonzero(as_tuple=True)
+        predictors = columns - 1
+        if attention_mask is not None:
+            # After left padding it is the prompt, not a padded position, that comes before the first token.
+            padded = attention_mask[rows, predictors.clamp_min(0)] == 0
+            predictors = predictors.masked_fill(padded, -1)
+        return cls(rows, predictors, labels[rows, columns])
+
+
+def check_base_model(model: nn.Module) -> None:
+    """Raise `ValueError` unless `model` is a decoder-only language model with input and output embeddings."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {name}")
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise ValueError(f"model must have input embeddings to put a prompt beside, got {name} without any")
+    if model.config.is_encoder_decoder or getattr(model.config, "is_decoder", True) is False and _is_encoder(model):
+        raise ValueError(f"model must be decoder-only (load it with AutoModelForCausalLM), got {name}")
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"model must have a language-model head (load it with AutoModelForCausalLM), got {name}")
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def supports_prompt_cache(model: PreTrainedModel) -> bool:
+    """Whether a prompt's key/value cache stands for the prompt exactly: attention layers only, and a cache argument."""
+    if getattr(model, "_is_stateful", False):
+        return False
+    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers, wherever the architecture keeps it.
+
+    Raises:
+        ValueError: There is no list of `num_hidden_layers` modules.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f'tuning must be "soft" for {type(model).__name__}: its decoder layers could not be found')
+
+
+def expand_cache(cache: DynamicCache, batch_size: int) -> DynamicCache:
+    """A view of a batch-1 cache for `batch_size` rows; growing it leaves `cache` as it was."""
+    expanded = copy.copy(cache)
+    expanded.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in expanded.layers:
+        if layer.is_initialized:
+            layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+            layer.values = layer.values.expand(batch_size, -1, -1, -1)
+    return expanded
+
+
+_REPEATING = ("num_beams", "num_return_sequences")
+
+
+def _replace_prompt(theta: Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
+    def replace(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        if hidden.shape[1] < len(theta):
+            return None  # a decoding step: the prompt has gone by
+        start = theta.to(hidden.dtype).expand(len(hidden), -1, -1)
+        hidden = torch.cat([start, hidden[:, len(theta) :]], dim=1)
+        if arguments:
+            return (hidden, *arguments[1:]), keywords
+        return arguments, {**keywords, "hidden_states": hidden}
+
+    return replace
+
+
+def _extended(attention_mask: Tensor | None, count: int) -> Tensor | None:
+    """The mask with `count` positions before it that all rows see; None stays None."""
+    return None if attention_mask is None else nn.functional.pad(attention_mask, (count, 0), value=1)
+
+
+def _prepended(input_ids: Tensor, generated: Any) -> Any:
+    # From embeddings, generate returns the new tokens only; from ids, the ids come first.
+    if isinstance(generated, Tensor):
+        return torch.cat([input_ids.repeat_interleave(len(generated) // len(input_ids), 0), generated], dim=1)
+    generated.sequences = _prepended(input_ids, generated.sequences)
+    return generated
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]

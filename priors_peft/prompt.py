@@ -1,0 +1,59 @@
+"""The parameters of a prompt and their coordinates: `PriorPromptEncoder`."""
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.tuners_utils import BasePromptEncoder
+from torch import Tensor, nn
+
+from .priors import Prior
+
+
+class PriorPromptEncoder(BasePromptEncoder):
+    """Holds the one trainable parameter of a prompt and turns it into θ.
+
+    Args:
+        priors: One prior for each selected layer.
+        coordinates: `"whitened"`: the parameter is z in θ = µ + A z; `"plain"`: it is θ.
+        prompt: Initial prompt θ, shape `[S, P, d]`.
+
+    Attributes:
+        coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32.
+        initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
+
+    Output shape: `[S, P, d]`
+    """
+
+    def __init__(self, priors: Sequence[Prior], coordinates: str, prompt: Tensor) -> None:
+        super().__init__()
+        self.priors = nn.ModuleList(priors)
+        self.coordinates = coordinates
+        self.register_buffer("initial_prompt", prompt.detach().float().clone())
+        self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
+
+    def forward(self) -> Tensor:
+        """θ of every selected layer, shape `[S, P, d]`."""
+        if self.coordinates == "plain":
+            # Not the parameter itself: sharded training frees that as soon as this module has run.
+            return self.coordinate.clone()
+        return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, self.coordinate, strict=True)])
+
+    def log_prob(self, prompt: Tensor) -> Tensor:
+        """log p(θ) of a prompt `[S, P, d]` summed over layers and virtual tokens, in nats."""
+        return torch.stack([prior.log_prob(theta) for prior, theta in zip(self.priors, prompt, strict=True)]).sum()
+
+    def drift(self, prompt: Tensor) -> Tensor:
+        """Distance from the initial prompt in prior standard deviations, root mean square over coordinates."""
+        pairs = zip(self.priors, prompt, self.initial_prompt, strict=True)
+        steps = [prior.to_whitened(theta) - prior.to_whitened(start) for prior, theta, start in pairs]
+        return torch.stack(steps).square().mean().sqrt()
+
+    @torch.no_grad()
+    def set_prompt(self, prompt: Tensor) -> None:
+        """Move the parameter to where θ equals `prompt` `[S, P, d]`, in place, so that optimizers keep it."""
+        self.coordinate.copy_(self._from_prompt(prompt.to(self.coordinate)))
+
+    def _from_prompt(self, prompt: Tensor) -> Tensor:
+        if self.coordinates == "plain":
+            return prompt.clone()
+        return torch.stack([prior.to_whitened(theta) for prior, theta in zip(self.priors, prompt, strict=True)])

@@ -1,0 +1,327 @@
+"""Training under a prior: `PriorTrainer`, its arguments, and the callback that watches the prompt."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from .analysis.geometry import effective_rank, mean_pairwise_cosine
+from .data import IGNORED, count_supervised_tokens, prompts_of, tokenize
+from .files import check_writable
+from .model import PriorPeftModel
+
+
+# The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale.
+WHITENED_LEARNING_RATE = 0.3
+
+
+@dataclass
+class PriorTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults that suit prompts.
+
+    Args:
+        learning_rate: 0.3 in whitened coordinates if None; in plain ones 0.3 prior standard deviations.
+        max_length: Most tokens of a row, virtual tokens not counted; the model's context less the prompt if None.
+        max_new_tokens: Most tokens generated for an answer in evaluation.
+    """
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "0.3 in whitened coordinates if unset; in plain ones times the prior's scale"}
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1"})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Buffers are the prior's, and equal on all processes from the start"}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row, without virtual tokens"})
+    max_new_tokens: int = field(default=32, metadata={"help": "Most tokens generated for an answer in evaluation"})
+
+
+class PriorCallback(TrainerCallback):
+    """Logs how the prompt stands to its prior and whether it has collapsed.
+
+    `prior/log_prob` (nats), `prior/weight`, `prior/effective_rank` and `prior/mean_pairwise_cosine` (mean over
+    layers), `prior/drift` (from the initial prompt, in prior standard deviations). `PriorTrainer` adds it; another
+    `Trainer` of a `PriorPeftModel` can too, before the callbacks that report.
+    """
+
+    @torch.no_grad()
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        model = getattr(model, "module", model)
+        encoder = model.prompt_encoder[model.active_adapter]
+        prompt = encoder()
+        figures = {
+            "prior/log_prob": encoder.log_prob(prompt).item(),
+            "prior/weight": model.active_peft_config.prior_weight,
+            "prior/effective_rank": effective_rank(prompt).mean().item(),
+            "prior/mean_pairwise_cosine": mean_pairwise_cosine(prompt).mean().item(),
+            "prior/drift": encoder.drift(prompt).item(),
+        }
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+
+class PriorTrainer(Trainer):
+    """`Trainer` whose objective is `mean NLL − (prior_weight / N) · log p(θ)`, in nats per supervised token.
+
+    N is the number of supervised tokens in the training set, so `prior_weight=1` is the exact MAP estimate. The
+    gradient is the same for any number of accumulation steps and processes.
+
+    Args:
+        model: From `get_prior_model` or `PriorPeftModel.from_pretrained(..., is_trainable=True)`.
+        args: The training arguments.
+        train_dataset: Rows with `prompt` and `completion`, or tokenized ones with `input_ids` and `labels`.
+        eval_dataset: The same for evaluation.
+        processing_class: The base model's tokenizer.
+        compute_metrics: Takes an `EvalPrediction` whose predictions are generated token ids and whose label ids are
+            −100 outside the answer, and returns figures. If given, evaluation generates an answer for each row.
+        **kwargs: The rest of `Trainer`'s arguments.
+
+    Raises:
+        TypeError: The model is not a `PriorPeftModel`.
+        ValueError: The data lacks a column or a supervised token, or an argument can't be honoured here.
+    """
+
+    def __init__(
+        self,
+        model: PriorPeftModel,
+        args: PriorTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, PriorPeftModel):
+            raise TypeError(f"model must be a PriorPeftModel (see get_prior_model), got {type(model).__name__}")
+        if processing_class is None:
+            raise ValueError("processing_class must be the base model's tokenizer, got None")
+        args = args or PriorTrainingArguments()
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective is a likelihood"
+            )
+        config = model.active_peft_config
+        if args.learning_rate is None:
+            priors = model.prompt_encoder[model.active_adapter].priors
+            scale = 1.0 if config.coordinates == "whitened" else _mean_scale(priors)
+            args.learning_rate = WHITENED_LEARNING_RATE * scale
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        context = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
+        length = args.max_length or (context and context - config.num_virtual_tokens)
+        encode = partial(tokenize, tokenizer=processing_class, max_length=length)
+        train_dataset = None if train_dataset is None else encode(train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: encode(part) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = encode(eval_dataset)
+        self.num_supervised_tokens = self._count(train_dataset, config.prior_weight)
+        kwargs.setdefault("data_collator", DataCollatorForSeq2Seq(processing_class, label_pad_token_id=IGNORED))
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True
+        # The model also scores a row's first token where it is supervised, so all labels count.
+        self._loss_shifts_labels = False
+        # First, so that what reports (TensorBoard and the like) sees the figures.
+        self.callback_handler.callbacks.insert(0, PriorCallback())
+        self._nll: Tensor | float = 0.0
+        self._logged_step: int | None = None
+
+    @staticmethod
+    def _count(dataset: Any, prior_weight: float) -> int | None:
+        if dataset is None:
+            return None
+        if not hasattr(dataset, "__len__"):
+            if prior_weight:
+                raise ValueError(
+                    f"prior_weight must be 0 for a streamed train_dataset, got {prior_weight}: log p(θ) is weighed "
+                    "against the number of supervised tokens, which a stream does not tell"
+                )
+            return None
+        count = count_supervised_tokens(dataset)
+        if count == 0:
+            raise ValueError("train_dataset must have supervised tokens (labels that are not -100), got none")
+        return count
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last whole checkpoint in `output_dir`.
+
+        Raises:
+            OSError: `output_dir` can't be written to, found out before anything is trained.
+            FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
+        """
+        if self.args.should_save:
+            parameters = sum(p.numel() for p in self.model.prompt_encoder.parameters())
+            check_writable(self.args.output_dir, 4 * 8 * parameters)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint must be False for the first run, got True, but {self.args.output_dir!r} "
+                    "holds no whole checkpoint"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's share of one micro-batch on one process, whose sum is then the objective exactly once."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.model.training:
+            if self._logged_step is None:
+                self._logged_step = self.state.global_step
+            # Normalized over the accumulated batch, losses are summed; else the Trainer divides them itself.
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            others = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+            self._nll = self._nll + loss.detach() / others
+            weight = self.model.active_peft_config.prior_weight
+            if weight and self.num_supervised_tokens:
+                loss = loss - weight / self.num_supervised_tokens * outputs.log_prior / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            checkpoint = last_checkpoint(self.args.output_dir)
+            kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+            raise FloatingPointError(
+                f"the loss became {loss.item()} after step {self.state.global_step}; training was stopped before the "
+                f"prompt was changed by it, and {kept}. Lower learning_rate ({self.args.learning_rate}) and resume"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._logged_step is not None:
+            nll = torch.as_tensor(self._nll, device=self.args.device).float()
+            steps = max(1, self.state.global_step - self._logged_step)
+            logs["prior/nll"] = self.accelerator.reduce(nll, "mean").item() / steps
+            self._nll, self._logged_step = 0.0, self.state.global_step
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle has no place in a folder that people share.
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """`Trainer`'s loop, with a loss that is exact: nats per supervised token over all rows, not a mean of means."""
+        users_metrics = self.compute_metrics
+        self.compute_metrics = partial(_figures, users_metrics=users_metrics)
+        try:
+            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        finally:
+            self.compute_metrics = users_metrics
+        return output._replace(predictions=_generated(output.predictions))
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[Tensor, ...], Tensor]:
+        """Likelihood of each row's answer and, if there are metrics to compute, a generated answer."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, return_logits=False)
+            scores: tuple[Tensor, ...] = (outputs.row_nll, outputs.row_tokens)
+            if self.compute_metrics is not None and self.compute_metrics.keywords["users_metrics"] is not None:
+                scores = (*scores, self._answers(model, inputs))
+        return None, scores, inputs["labels"]
+
+    def _answers(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        rows = prompts_of(inputs["input_ids"].tolist(), mask.tolist(), inputs["labels"].tolist())
+        ids, mask = pad_left(rows, self.processing_class.pad_token_id, self.args.device)
+        generated = self.accelerator.unwrap_model(model).generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=self.args.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.processing_class.pad_token_id,
+        )
+        return generated[:, ids.shape[1] :]
+
+
+def pad_left(rows: list[list[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Token ids `[B, L]` padded on the left, as generation needs them, and their attention mask."""
+    length = max(1, *map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The last checkpoint that was written to its end (`trainer_state.json` comes last), or None."""
+    paths = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    whole = [path for path in paths if (path / "trainer_state.json").is_file() and path.name.split("-")[-1].isdigit()]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+
+
+def _mean_scale(priors: Any) -> float:
+    return float(torch.stack([prior.scale_tril.square().sum(-1).mean().sqrt() for prior in priors]).mean())
+
+
+def _figures(
+    prediction: EvalPrediction, users_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+) -> dict[str, float]:
+    nll, tokens = prediction.predictions[:2]
+    figures = {"loss": float(np.sum(nll, dtype=np.float64) / max(1, np.sum(tokens)))}
+    if users_metrics is not None:
+        answers = EvalPrediction(predictions=_generated(prediction.predictions), label_ids=prediction.label_ids)
+        figures |= users_metrics(answers)
+    return figures
+
+
+def _generated(predictions: Any) -> Any:
+    return predictions[2] if isinstance(predictions, tuple) and len(predictions) > 2 else None

@@ -1,0 +1,110 @@
+"""Tiny models of every architecture that matters, built from their configurations, and a tokenizer for them."""
+
+import os
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+)
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+VOCABULARY = 96
+WIDTH = 32
+LAYERS = 3
+
+_SHARED = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "llama": LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **_SHARED,
+    ),
+    "gpt2": GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=128, **_SHARED),
+    "bloom": BloomConfig(hidden_size=WIDTH, n_layer=LAYERS, n_head=4, **_SHARED),
+    "opt": OPTConfig(
+        hidden_size=WIDTH,
+        ffn_dim=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=WIDTH,
+        **_SHARED,
+    ),
+    "neox": GPTNeoXConfig(
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        **_SHARED,
+    ),
+    # Scaled embeddings, sliding windows, soft-capped logits, heads wider than hidden_size / heads.
+    "gemma2": Gemma2Config(
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=64,
+        max_position_embeddings=128,
+        final_logit_softcapping=5.0,
+        **_SHARED,
+    ),
+}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def architecture(request) -> str:
+    return request.param
+
+
+def make_model(architecture: str = "llama", seed: int = 0):
+    """A tiny model in evaluation mode whose weights are large enough for differences to show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def make_tokenizer():
+    """A whitespace tokenizer over digits and a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "Question:", "Answer:", "plus", "is", "what", "?"]
+    words += [str(number) for number in range(80)]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def addition_rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Prompt-completion rows of sums below 80."""
+    pairs = [(a, b) for a in range(40) for b in range(40)]
+    chosen = [pairs[(start + index) * 7 % len(pairs)] for index in range(count)]
+    return [{"prompt": f"Question: what is {a} plus {b} ? Answer:", "completion": f" {a + b}"} for a, b in chosen]
