@@ -17,7 +17,16 @@ _LOCATIONS = {
     "PriorCallback": "trainer",
     "load_base_model": "hub.base_model",
 }
-__all__ = list(_LOCATIONS)
+__all__ = [
+    "PriorCallback",
+    "PriorConfig",
+    "PriorPeftModel",
+    "PriorPromptEncoder",
+    "PriorTrainer",
+    "PriorTrainingArguments",
+    "get_prior_model",
+    "load_base_model",
+]
 
 if TYPE_CHECKING:
     from .config import PriorConfig

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 
 
 IGNORED = -100
@@ -72,3 +74,11 @@ def prompts_of(
         first = next((index for index, label in enumerate(targets) if label != IGNORED), len(targets))
         prompts.append([token for token, kept in zip(row[:first], mask[:first], strict=True) if kept])
     return prompts
+
+
+def pad_left(rows: list[list[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Token ids `[B, L]` padded on the left, as generation needs them, and their attention mask."""
+    length = max(1, *map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

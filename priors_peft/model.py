@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModelForCausalLM
@@ -21,6 +21,9 @@ from .priors import Prior, prior_class
 from .priors.reference import Provenance, vocabulary_reference
 from .prompt import PriorPromptEncoder
 
+
+if TYPE_CHECKING:
+    from .hub.adapter import SavedAdapter
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +56,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         peft_config: What is tuned, under which prior.
         adapter_name: Name of this prompt.
         tokenizer: Tells which vocabulary rows are special, so that the prior is not fitted on them.
+        saved: A saved prompt to start from instead of a draw from the prior.
 
     Raises:
         ValueError: The base model can't take a prompt, or the configuration does not fit it.
@@ -64,7 +68,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         peft_config: PriorConfig,
         adapter_name: str = "default",
         tokenizer: Any | None = None,
-        encoder: PriorPromptEncoder | None = None,
+        saved: "SavedAdapter | None" = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -72,7 +76,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         self.tokenizer = tokenizer
         self.provenance: dict[str, list[Provenance]] = {}
         # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
-        self._given_encoder = encoder
+        self._saved = saved
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.train(model.training)
 
@@ -95,14 +99,17 @@ class PriorPeftModel(PeftModelForCausalLM):
         if not isinstance(peft_config, PriorConfig):
             raise TypeError(f"peft_config must be a PriorConfig, got {type(peft_config).__name__}")
         layers = self._prepare_config(peft_config)
-        encoder, self._given_encoder = self._given_encoder, None
-        if encoder is None:
-            encoder = self._new_encoder(adapter_name, peft_config, layers)
+        saved, self._saved = self._saved, None
+        if saved is None:
+            encoder, provenance = self._new_encoder(peft_config, layers)
+        else:
+            encoder, provenance = saved.encoder(), saved.provenance
         if not hasattr(self, "prompt_encoder"):
             self.prompt_encoder = nn.ModuleDict()
             self.base_model.requires_grad_(False)
         self.prompt_encoder[adapter_name] = encoder.to(self.base_model.get_input_embeddings().weight.device)
         self.peft_config[adapter_name] = peft_config
+        self.provenance[adapter_name] = provenance
         self.set_requires_grad(adapter_name, adapter_name == self.active_adapter and not peft_config.inference_mode)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -157,9 +164,10 @@ class PriorPeftModel(PeftModelForCausalLM):
         config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
         return layers
 
-    def _new_encoder(self, adapter_name: str, config: PriorConfig, layers: list[int]) -> PriorPromptEncoder:
+    def _new_encoder(self, config: PriorConfig, layers: list[int]) -> tuple[PriorPromptEncoder, list[Provenance]]:
+        provenance: list[Provenance] = []
         if isinstance(config.prior, Prior):
-            priors, provenance = [copy.deepcopy(config.prior) for _ in layers], []
+            priors = [copy.deepcopy(config.prior) for _ in layers]
         else:
             references, provenance = self._references(config, layers)
             family = prior_class(config.prior)
@@ -169,8 +177,7 @@ class PriorPeftModel(PeftModelForCausalLM):
                 raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
         generator = torch.Generator().manual_seed(config.seed)
         prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
-        self.provenance[adapter_name] = provenance
-        return PriorPromptEncoder(priors, config.coordinates, prompt)
+        return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
 
     def _references(self, config: PriorConfig, layers: list[int]) -> tuple[list[Tensor], list[Provenance]]:
         if not isinstance(config.reference, Tensor):
@@ -455,8 +462,7 @@ class PriorPeftModel(PeftModelForCausalLM):
 
         saved = read_adapter(model_id, config=config, is_trainable=is_trainable, **kwargs)
         saved.check_fits(model)
-        tuned = cls(model, saved.config, adapter_name, encoder=saved.encoder())
-        tuned.provenance[adapter_name] = saved.provenance
+        tuned = cls(model, saved.config, adapter_name, saved=saved)
         return tuned if is_trainable else tuned.eval()
 
     def load_adapter(
@@ -474,9 +480,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         saved = read_adapter(model_id, is_trainable=is_trainable, **hub_arguments)
         saved.check_fits(self.base_model)
         if adapter_name not in self.peft_config:
-            self._given_encoder = saved.encoder()
+            self._saved = saved
             self.add_adapter(adapter_name, saved.config)
-            self.provenance[adapter_name] = saved.provenance
             self.set_requires_grad(adapter_name, is_trainable)
         else:
             saved.restore(self.prompt_encoder[adapter_name])

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .analysis.geometry import effective_rank, mean_pairwise_cosine
-from .data import IGNORED, count_supervised_tokens, prompts_of, tokenize
+from .data import IGNORED, count_supervised_tokens, pad_left, prompts_of, tokenize
 from .files import check_writable
 from .model import PriorPeftModel
 
@@ -210,13 +210,12 @@ class PriorTrainer(Trainer):
         if self.model.training:
             if self._logged_step is None:
                 self._logged_step = self.state.global_step
-            # Normalized over the accumulated batch, losses are summed; else the Trainer divides them itself.
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            others = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
-            self._nll = self._nll + loss.detach() / others
+            # Losses of micro-batches are shares of the whole batch's mean and add up, over processes too.
+            self._nll = self._nll + loss.detach()
             weight = self.model.active_peft_config.prior_weight
             if weight and self.num_supervised_tokens:
-                loss = loss - weight / self.num_supervised_tokens * outputs.log_prior / steps
+                share = weight / self.num_supervised_tokens / self.current_gradient_accumulation_steps
+                loss = loss - share * outputs.log_prior
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -291,14 +290,6 @@ class PriorTrainer(Trainer):
             pad_token_id=self.processing_class.pad_token_id,
         )
         return generated[:, ids.shape[1] :]
-
-
-def pad_left(rows: list[list[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, L]` padded on the left, as generation needs them, and their attention mask."""
-    length = max(1, *map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -93,8 +93,7 @@ def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], d
         stock = PrefixTuningConfig(
             **shared, token_dim=heads * width, num_attention_heads=heads, encoder_hidden_size=heads * width
         )
-    stock_dict = {key: value for key, value in stock.to_dict().items()}
-    return stock_dict, {"prompt_embeddings": weights.float().cpu().contiguous()}
+    return stock.to_dict(), {"prompt_embeddings": weights.float().cpu().contiguous()}
 
 
 def _prompt_cache(model: "PriorPeftModel", name: str, prompt: Tensor) -> Any:

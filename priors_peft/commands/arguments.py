@@ -1,0 +1,133 @@
+"""Flags and recipe files: both set the fields of the same dataclasses, and a flag wins over the file."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class ModelArguments:
+    """Which base model, loaded how."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Base model: a Hub id, a folder, or bundled:smollm2-135m"}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model"})
+    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16; float32 on a CPU"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model"})
+
+
+@dataclass
+class TaskArguments:
+    """Which data."""
+
+    task: str | None = field(default=None, metadata={"help": "A task by name; completions, if a file is given"})
+    task_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Settings of the task as JSON: {"module": "algebra__linear_1d"}'}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the data set's own published files"})
+    train_file: str | None = field(default=None, metadata={"help": "JSON lines or CSV with prompt and completion"})
+    eval_file: str | None = field(default=None, metadata={"help": "The same for evaluation; else rows are held out"})
+    dataset: str | None = field(default=None, metadata={"help": "A data set on the Hub"})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with what comes before the answer"})
+    completion_column: str = field(default="completion", metadata={"help": "Column with the answer"})
+    num_train: int | None = field(default=None, metadata={"help": "Most training rows"})
+    num_eval: int | None = field(default=None, metadata={"help": "Most evaluation rows"})
+
+    def __post_init__(self) -> None:
+        self.task_kwargs = parse_object("task_kwargs", self.task_kwargs)
+
+
+@dataclass
+class PromptArguments:
+    """What is tuned, under which prior: the fields of `PriorConfig`."""
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens"})
+    tuning: str = field(default="soft", metadata={"help": "soft or deep"})
+    prior: str = field(default="structured", metadata={"help": "Family of the prior"})
+    prior_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Settings of the prior\'s fit as JSON: {"loc": 0, "scale": 0.02}'}
+    )
+    reference: str = field(default="vocabulary", metadata={"help": "What the prior is fitted on"})
+    layers: str | None = field(default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"})
+    coordinates: str = field(default="whitened", metadata={"help": "whitened or plain"})
+    prior_weight: float = field(default=1.0, metadata={"help": "1 MAP, 0 prior for initialization only"})
+
+    def __post_init__(self) -> None:
+        self.prior_kwargs = parse_object("prior_kwargs", self.prior_kwargs)
+        if isinstance(self.layers, str) and self.layers != "all":
+            try:
+                self.layers = [int(layer) for layer in self.layers.split(",")]  # type: ignore[assignment]
+            except ValueError:
+                raise ValueError(f"layers must be all or numbers like 0,-3,-2,-1, got {self.layers!r}") from None
+
+
+def parse_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A JSON object from a flag, or the mapping a recipe gave."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a JSON object, got {value!r} ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")
+    return parsed
+
+
+def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, positional: Sequence[str] = ()) -> list[Any]:
+    """Read positional arguments, at most one recipe file and flags.
+
+    Args:
+        dataclasses: Whose fields the flags and the recipe's keys are.
+        arguments: The command line.
+        prog: The command's name, for its help.
+        positional: Names of the arguments that come first.
+
+    Returns:
+        One value for each positional argument, then one object for each dataclass.
+
+    Raises:
+        ValueError: The recipe is no mapping, or has a key that is no flag; its line is named.
+    """
+    names = ", ".join(name.upper() for name in positional)
+    parser = HfArgumentParser(dataclasses, prog=prog, usage=f"{prog} {names} [RECIPE.yaml] [--FLAG VALUE ...]")
+    words = []
+    while arguments and not arguments[0].startswith("-"):
+        words.append(arguments[0])
+        arguments = arguments[1:]
+    recipes = [word for word in words if word.endswith((".yaml", ".yml"))]
+    values = [word for word in words if word not in recipes]
+    if len(recipes) > 1:
+        raise ValueError(f"at most one recipe must be given, got {recipes}")
+    if recipes:
+        known = {item.name for dataclass in dataclasses for item in fields(dataclass) if item.init}
+        parser.set_defaults(**read_recipe(recipes[0], known))
+    objects = parser.parse_args_into_dataclasses(arguments)
+    if len(values) != len(positional):
+        raise ValueError(f"{names or 'no positional argument'} must be given before the flags, got {values}")
+    return [*values, *objects]
+
+
+def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
+    """The keys and values of a recipe file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the recipe must be a YAML file, got {path!r}, which does not exist")
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map flags to values, got {type(values).__name__}")
+    for key, _ in node.value:
+        if key.value not in known:
+            near = difflib.get_close_matches(key.value, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is no flag{hint}")
+    return values

@@ -1,0 +1,109 @@
+"""`priors-peft train`, the same as `recipes/train.py`: base model, task, prompt, training, evaluation, saving."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, set_seed
+
+from ..config import PriorConfig
+from ..evaluation import answer_metrics
+from ..hub.base_model import load_base_model
+from ..model import get_prior_model
+from ..tasks import Task, load_task
+from ..trainer import PriorTrainer, PriorTrainingArguments, last_checkpoint
+from .arguments import ModelArguments, PromptArguments, TaskArguments, parse
+
+
+@dataclass
+class TrainingArguments(PriorTrainingArguments):
+    """`PriorTrainingArguments` with the two settings that need a callback or an argument of `train`."""
+
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better one"}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if any"})
+
+
+def main(arguments: list[str]) -> None:
+    """Train one prompt; the adapter is at the root of `output_dir`."""
+    dataclasses = (ModelArguments, TaskArguments, PromptArguments, TrainingArguments)
+    train(*parse(dataclasses, arguments, "priors-peft train"))
+
+
+def train(
+    model_arguments: ModelArguments,
+    task_arguments: TaskArguments,
+    prompt_arguments: PromptArguments,
+    args: TrainingArguments,
+) -> dict[str, float]:
+    """Train, evaluate and save; returns the evaluation's figures."""
+    # ---- Model and task -----------------------------------------------------------------
+    set_seed(args.seed)
+    task = task_from(task_arguments, args.seed)
+    base, tokenizer = base_model_from(model_arguments)
+
+    # ---- Prompt -------------------------------------------------------------------------
+    config = PriorConfig(task_type="CAUSAL_LM", seed=args.seed, **vars(prompt_arguments))
+    model = get_prior_model(base, config, tokenizer=tokenizer)
+    model.print_trainable_parameters()
+
+    # ---- Training -----------------------------------------------------------------------
+    args.max_new_tokens = task.max_new_tokens
+    trainer = PriorTrainer(
+        model=model,
+        args=args,
+        train_dataset=task.train,
+        eval_dataset=task.eval,
+        processing_class=tokenizer,
+        compute_metrics=answer_metrics(tokenizer, task.metrics),
+    )
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.log_metrics("train", result.metrics)
+
+    # ---- Evaluation and saving ----------------------------------------------------------
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate() if task.eval is not None else {}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics, combined=False)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+def task_from(arguments: TaskArguments, seed: int) -> Task:
+    """The task that the flags name; a file or a data set alone means `completions`."""
+    given = {name: getattr(arguments, name) for name in ("train_file", "eval_file", "dataset")}
+    given = {name: value for name, value in given.items() if value is not None}
+    name = arguments.task or ("completions" if given else None)
+    if name is None:
+        raise ValueError("task, train_file or dataset must be given, got none of them")
+    settings: dict[str, Any] = dict(arguments.task_kwargs or {})  # type: ignore[arg-type]
+    if name == "completions":
+        columns = {"prompt_column": arguments.prompt_column, "completion_column": arguments.completion_column}
+        settings = {**given, **columns, **settings}
+    elif given:
+        raise ValueError(f"{next(iter(given))} must not be given with task={name!r}: use task=completions or data_dir")
+    for key in ("num_train", "num_eval", "data_dir"):
+        if getattr(arguments, key) is not None:
+            settings[key] = getattr(arguments, key)
+    return load_task(name, seed=seed, **settings)
+
+
+def base_model_from(arguments: ModelArguments) -> tuple[Any, Any]:
+    """The base model and tokenizer that the flags name."""
+    if not arguments.model:
+        raise ValueError("model must be given: a Hub id, a folder, or bundled:smollm2-135m")
+    dtype = getattr(torch, arguments.dtype, None) if arguments.dtype else None
+    if arguments.dtype and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {arguments.dtype!r}")
+    return load_base_model(
+        arguments.model,
+        dtype=dtype,
+        revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
