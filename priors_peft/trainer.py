@@ -106,6 +106,7 @@ class PriorTrainer(Trainer):
     Raises:
         TypeError: The model is not a `PriorPeftModel`.
         ValueError: The data lacks a column or a supervised token, or an argument can't be honoured here.
+        OSError: `output_dir` can't be written to or has no room, found out before anything is trained.
     """
 
     def __init__(
@@ -127,6 +128,9 @@ class PriorTrainer(Trainer):
             raise ValueError(
                 f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective is a likelihood"
             )
+        if args.should_save:
+            # θ, z, the start and two moments, in a checkpoint, its successor and the final adapter.
+            check_writable(args.output_dir, 3 * 5 * 4 * sum(p.numel() for p in model.prompt_encoder.parameters()))
         config = model.active_peft_config
         if args.learning_rate is None:
             priors = model.prompt_encoder[model.active_adapter].priors
@@ -183,12 +187,8 @@ class PriorTrainer(Trainer):
         """Train; `resume_from_checkpoint=True` goes on from the last whole checkpoint in `output_dir`.
 
         Raises:
-            OSError: `output_dir` can't be written to, found out before anything is trained.
             FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
         """
-        if self.args.should_save:
-            parameters = sum(p.numel() for p in self.model.prompt_encoder.parameters())
-            check_writable(self.args.output_dir, 4 * 8 * parameters)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

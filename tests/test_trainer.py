@@ -1,0 +1,311 @@
+"""The objective, its scaling, and that nothing is lost when training is stopped."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WIDTH, addition_rows, make_model, make_tokenizer
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
+from priors_peft.analysis.geometry import effective_rank, mean_pairwise_cosine
+from priors_peft.data import IGNORED, tokenize
+from priors_peft.evaluation import answer, answer_metrics
+from priors_peft.tasks.metrics import exact_match
+from priors_peft.trainer import last_checkpoint
+
+
+def make_trainer(tmp_path, rows=16, config=None, model=None, callbacks=None, compute_metrics=None, **settings):
+    model = model or get_prior_model(
+        make_model(), PriorConfig(**{"num_virtual_tokens": 4} | (config or {})), tokenizer=make_tokenizer()
+    )
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    return PriorTrainer(
+        model=model,
+        args=PriorTrainingArguments(**defaults | settings),
+        train_dataset=addition_rows(rows),
+        eval_dataset=addition_rows(6, start=400),
+        processing_class=make_tokenizer(),
+        callbacks=callbacks,
+        compute_metrics=compute_metrics,
+    )
+
+
+def coordinate(trainer):
+    return trainer.model.prompt_encoder["default"].coordinate.detach().clone()
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of each optimizer step before it is clipped."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen.append(model.prompt_encoder["default"].coordinate.grad.clone())
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 1.0])
+def test_the_gradient_is_the_objectives_for_any_accumulation(tmp_path, prior_weight):
+    seen = {}
+    for steps in (1, 2, 4):
+        gradients = Gradients()
+        trainer = make_trainer(
+            tmp_path,
+            config={"prior_weight": prior_weight, "num_virtual_tokens": 4},
+            callbacks=[gradients],
+            max_steps=1,
+            per_device_train_batch_size=16 // steps,
+            gradient_accumulation_steps=steps,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        seen[steps] = gradients.seen[0]
+    model = get_prior_model(
+        make_model(), PriorConfig(num_virtual_tokens=4, prior_weight=prior_weight), tokenizer=make_tokenizer()
+    )
+    encoder = model.prompt_encoder["default"]
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(16)])
+    tokens = (batch["labels"] != IGNORED).sum()
+    assert tokens == trainer.num_supervised_tokens
+    objective = model(**batch).loss - prior_weight / tokens * encoder.log_prob(encoder())
+    objective.backward()
+    for gradient in seen.values():
+        assert (gradient - encoder.coordinate.grad).norm() < 1e-4 * encoder.coordinate.grad.norm()
+
+
+def test_weight_zero_ignores_the_prior_and_a_great_weight_leads_to_its_mode(tmp_path):
+    free = make_trainer(tmp_path, config={"prior_weight": 0.0, "num_virtual_tokens": 4})
+    free.train()
+    # Plain tuning from the same start: the loss alone, by hand.
+    plain = make_trainer(tmp_path, config={"prior_weight": 0.0, "num_virtual_tokens": 4})
+    plain.num_supervised_tokens = None
+    plain.train()
+    assert torch.equal(coordinate(free), coordinate(plain))
+    bound = make_trainer(
+        tmp_path, config={"prior_weight": 1e6, "num_virtual_tokens": 4}, max_steps=60, max_grad_norm=0.0
+    )
+    before = coordinate(bound).norm()
+    bound.train()
+    assert coordinate(bound).norm() < 0.05 * before
+
+
+def test_frozen_weights_stay_bit_equal_and_the_prompt_moves(tmp_path):
+    trainer = make_trainer(tmp_path)
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    before = coordinate(trainer)
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in frozen.items())
+    assert not torch.equal(before, coordinate(trainer))
+
+
+def test_logs_carry_the_priors_figures(tmp_path):
+    trainer = make_trainer(tmp_path, config={"prior_weight": 0.5, "num_virtual_tokens": 4}, learning_rate=1e-6)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    model = trainer.model.eval()
+    encoder = model.prompt_encoder["default"]
+    prompt = encoder().detach()
+    penalty = -0.5 / trainer.num_supervised_tokens * entry["prior/log_prob"]
+    assert entry["loss"] == pytest.approx(entry["prior/nll"] + penalty, rel=1e-4)
+    assert entry["prior/log_prob"] == pytest.approx(encoder.log_prob(prompt).item(), rel=1e-3)
+    assert entry["prior/weight"] == 0.5
+    assert entry["prior/effective_rank"] == pytest.approx(effective_rank(prompt).item(), rel=1e-3)
+    assert entry["prior/mean_pairwise_cosine"] == pytest.approx(mean_pairwise_cosine(prompt).item(), abs=1e-3)
+    assert 0 < entry["prior/drift"] < 1e-3
+    assert all("prior/drift" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_evaluation_is_exact_and_generates(tmp_path):
+    tokenizer = make_tokenizer()
+    metrics = answer_metrics(tokenizer, lambda answers, truth: {"exact_match": exact_match(answers, truth)})
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, compute_metrics=metrics, max_new_tokens=3)
+    figures = trainer.evaluate()
+    by_hand = answer(trainer.model, tokenizer, addition_rows(6, start=400), max_new_tokens=3, batch_size=1)
+    assert figures["eval_loss"] == pytest.approx(by_hand.nll, rel=1e-5)
+    assert figures["eval_exact_match"] == exact_match(by_hand.predictions, by_hand.references)
+    generated = trainer.predict(trainer.eval_dataset).predictions
+    assert tokenizer.batch_decode(generated.clip(0), skip_special_tokens=True) == by_hand.predictions
+
+
+def test_early_stopping_and_the_best_model(tmp_path):
+    stops = EarlyStoppingCallback(2)
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[stops],
+        max_steps=40,
+        learning_rate=5.0,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.global_step < 40 and min(losses) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+CONTINUE = """
+import sys, os, signal
+sys.path.insert(0, sys.argv[1])
+from conftest import make_model
+from test_trainer import make_trainer
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer = make_trainer(sys.argv[2], rows=10, max_steps=6, save_strategy="steps", save_steps=3, callbacks=[Kill()])
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["soft", "deep"])
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path, tuning):
+    settings = {"rows": 10, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    if tuning == "deep":
+        settings["config"] = {"num_virtual_tokens": 4, "tuning": "deep"}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    if tuning == "soft":
+        killed = subprocess.run(
+            [sys.executable, "-c", CONTINUE, str(Path(__file__).parent), str(tmp_path / "killed")], capture_output=True
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    else:
+        make_trainer(tmp_path / "killed", **settings | {"callbacks": [StopAfter(3)]}).train()
+    assert Path(last_checkpoint(tmp_path / "killed")).name == "checkpoint-3"
+    resumed = make_trainer(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(coordinate(resumed), coordinate(whole))
+    assert torch.equal(*(trainer.model.prompt_encoder["default"]() for trainer in (resumed, whole)))
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_saved_prompt_trains_on_from_where_it_was(tmp_path):
+    trainer = make_trainer(tmp_path / "first", max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert not list((tmp_path / "first").glob("*.bin"))
+    model = PriorPeftModel.from_pretrained(make_model(), tmp_path / "first", is_trainable=True)
+    again = make_trainer(tmp_path / "second", model=model)
+    assert torch.equal(coordinate(again), coordinate(trainer))
+    assert again.model.prompt_encoder["default"].drift(again.model.prompt_encoder["default"]()) > 0
+    again.train()
+    assert not torch.equal(coordinate(again), coordinate(trainer))
+
+
+def test_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.base_model.get_output_embeddings().weight.data[0, 0] = float("nan")
+
+    trainer = make_trainer(tmp_path, callbacks=[Poison()], max_steps=6, save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match="became nan after step 3; .*checkpoint-3"):
+        trainer.train()
+    model = PriorPeftModel.from_pretrained(make_model(), tmp_path / "checkpoint-3")
+    assert torch.equal(model.prompt_encoder["default"].coordinate, coordinate(trainer))
+
+
+def test_an_unwritable_folder_is_found_out_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="output_dir must be writable .* nothing was trained"):
+        make_trainer(tmp_path / "file" / "below")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        make_trainer(tmp_path / "full")
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path / "elsewhere") is None
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        make_trainer(tmp_path / "elsewhere").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    other = make_trainer(tmp_path, config={"num_virtual_tokens": 7}, save_strategy="steps", save_steps=4)
+    with pytest.raises(ValueError, match="the checkpoint must hold a whitened prompt of shape \\(1, 7, 32\\)"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_labels_cover_the_completion_and_its_end_only():
+    tokenizer = make_tokenizer()
+    row = tokenize([{"prompt": "what is 3 plus 4 ?", "completion": " 7"}], tokenizer)[0]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == [*"what is 3 plus 4 ? 7".split(), "</s>"]
+    assert row["labels"] == [IGNORED] * 6 + row["input_ids"][6:]
+    short = tokenize([{"prompt": "what is 3 plus 4 ?", "completion": " 7"}], tokenizer, max_length=4)[0]
+    assert tokenizer.convert_ids_to_tokens(short["input_ids"]) == ["4", "?", "7", "</s>"]
+
+
+def test_learning_rate_is_in_prior_standard_deviations(tmp_path):
+    assert make_trainer(tmp_path).args.learning_rate == 0.3
+    plain = make_trainer(tmp_path, config={"coordinates": "plain", "num_virtual_tokens": 4})
+    prior = plain.model.prompt_encoder["default"].priors[0]
+    expected = 0.3 * (prior.scale_tril @ prior.scale_tril.mT).diagonal().mean().sqrt()
+    assert plain.args.learning_rate == pytest.approx(expected.item(), rel=1e-4)
+    assert make_trainer(tmp_path, learning_rate=0.01).args.learning_rate == 0.01
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=2))
+    tokenizer = make_tokenizer()
+    with pytest.raises(TypeError, match="model must be a PriorPeftModel .* got LlamaForCausalLM"):
+        PriorTrainer(model=make_model(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="processing_class must be the base model's tokenizer"):
+        PriorTrainer(model=model)
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
+        make_trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="dataset must have the columns prompt and completion, got \\['text'\\]"):
+        PriorTrainer(model=model, processing_class=tokenizer, train_dataset=[{"text": "a"}])
+    with pytest.raises(ValueError, match="completion must not be empty, got '' in row 1"):
+        rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": ""}]
+        PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
+    rows = [{"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}]
+    with pytest.raises(ValueError, match="train_dataset must have supervised tokens"):
+        PriorTrainer(model=model, processing_class=tokenizer, train_dataset=copy.deepcopy(rows))
+
+
+def test_geometry_of_known_prompts():
+    unit = torch.eye(4, WIDTH)
+    assert effective_rank(unit) == pytest.approx(4, rel=1e-5)
+    assert effective_rank(unit[:1].expand(4, -1)) == pytest.approx(1, rel=1e-5)
+    assert mean_pairwise_cosine(unit) == pytest.approx(0, abs=1e-6)
+    assert mean_pairwise_cosine(unit[:1].expand(4, -1)) == pytest.approx(1, rel=1e-5)
+    assert mean_pairwise_cosine(torch.stack([unit[0], -unit[0]])) == pytest.approx(-1, rel=1e-5)
