@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
-from .data import IGNORED, pad_left, prompts_of, tokenize
+from .data import IGNORED, prompts_of, tokenize
 
 
 Metrics = Callable[[list[str], list[str]], dict[str, float]]
@@ -48,40 +48,36 @@ def answer(
     """
     model.eval()
     device = next(model.parameters()).device
-    rows = tokenize(dataset, tokenizer)
-    rows = [
-        {name: rows[index][name] for name in ("input_ids", "attention_mask", "labels")} for index in range(len(rows))
-    ]
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    rows = list(tokenize(dataset, tokenizer))
+    # Prompts of one length together: their batches need no padding before the answer, which stock PEFT's positions
+    # do not allow for, and their answers start at one position, so the head computes nothing before it.
+    groups: dict[int, list[int]] = defaultdict(list)
+    prompts = prompts_of(*([row[name] for row in rows] for name in ("input_ids", "attention_mask", "labels")))
+    for index, prompt in enumerate(prompts):
+        groups[len(prompt)].append(index)
     total, tokens = 0.0, 0
-    # Batches of prompts of one length need no padding, which stock PEFT's positions do not allow for.
-    groups = defaultdict(list)
-    for index, prompt in enumerate(prompts_of(*([row[name] for row in rows] for name in rows[0]))):
-        groups[len(prompt)].append((index, prompt))
     predictions = [""] * len(rows)
-    with tqdm(total=2 * len(rows), desc=desc, leave=False) as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = collate([dict(row) for row in rows[start : start + batch_size]]).to(device)
-            labels = batch.pop("labels")
-            logits = model(**batch).logits[:, -labels.shape[1] :]
-            nll = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-            total, tokens = total + nll.item(), tokens + int((labels[:, 1:] != IGNORED).sum())
-            progress.update(len(labels))
-        for group in groups.values():
+    with tqdm(total=len(rows), desc=desc, leave=False) as progress:
+        for length, group in sorted(groups.items()):
             for start in range(0, len(group), batch_size):
                 chunk = group[start : start + batch_size]
-                ids, mask = pad_left([prompt for _, prompt in chunk], tokenizer.pad_token_id, device)
+                batch = collate([dict(rows[index]) for index in chunk]).to(device)
+                labels = batch.pop("labels")[:, length:]
+                logits = model(**batch, logits_to_keep=labels.shape[1] + 1).logits[:, -labels.shape[1] - 1 : -1]
+                nll = nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                total, tokens = total + nll.item(), tokens + int((labels != IGNORED).sum())
                 generated = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
+                    input_ids=batch["input_ids"][:, :length],
+                    attention_mask=batch["attention_mask"][:, :length],
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-                texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-                for (index, _), text in zip(chunk, texts, strict=True):
+                texts = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
+                for index, text in zip(chunk, texts, strict=True):
                     predictions[index] = text
                 progress.update(len(chunk))
     references = [

@@ -18,15 +18,20 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    # mkstemp makes files only their owner can read; a saved adapter gets what `open` would have given it.
+    # mkstemp and safetensors make files only their owner can read; a shared one gets what `open` would have given it.
     umask = os.umask(0)
     os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
     try:
         yield temporary
+        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """Folder of what is made once and kept: `PRIORS_PEFT_CACHE`, or `~/.cache/priors_peft`."""
+    return Path(os.environ.get("PRIORS_PEFT_CACHE") or "~/.cache/priors_peft").expanduser()
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

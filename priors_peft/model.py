@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ import torch
 from peft import PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import logging
 
+from .architecture import check_base_model, decoder_layers, expand_cache, replace_prompt, supports_prompt_cache
 from .config import PriorConfig
+from .head import HeadInput, Supervision
 from .priors import Prior, prior_class
 from .priors.reference import Provenance, vocabulary_reference
 from .prompt import PriorPromptEncoder
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .hub.adapter import SavedAdapter
 
 logger = logging.get_logger(__name__)
+
+_REPEATING = ("num_beams", "num_return_sequences")
 
 # `transformers.pipeline` knows models by the name of their class; without this it prints an error and works all the same.
 SUPPORTED_PEFT_TASKS["text-generation"].append("PriorPeftModel")
@@ -196,6 +199,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         past_key_values: Any | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        logits_to_keep: int = 0,
         return_dict: bool | None = None,
         task_ids: None = None,
         token_type_ids: Tensor | None = None,
@@ -212,28 +216,25 @@ class PriorPeftModel(PeftModelForCausalLM):
             past_key_values: A cache that this model returned (`use_cache=True`); the prompt is in it already.
             num_items_in_batch: What the summed loss is divided by; the number of supervised tokens if None.
             return_logits: Whether to build `[B, L, V]` logits. By default not in training with labels.
+            logits_to_keep: Build logits for that many last positions only; 0 for all.
 
         Returns:
             Loss in nats per supervised token, logits aligned with `input_ids`, and each row's likelihood.
         """
-        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        text = next(iter(inputs.values()))
-        if text is None:
+        if input_ids is None and inputs_embeds is None:
             raise ValueError("input_ids or inputs_embeds must be given, got neither")
+        text = Text(input_ids, inputs_embeds, attention_mask, position_ids)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            return self._continue(inputs, text, attention_mask, position_ids, past_key_values, labels, kwargs)
+            return self._continue(text, past_key_values, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         if token_type_ids is not None:
             logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
         encoder = self.prompt_encoder[self.active_adapter]
         prompt = encoder()
-        if position_ids is not None:
-            position_ids = position_ids + prompt.shape[1]
-        elif attention_mask is not None:
-            position_ids = prompt.shape[1] + (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-        run = self._concatenated_pass if self._concatenates() else self._cached_pass
         supervision = None if labels is None else Supervision.of(labels, attention_mask)
         whole = return_logits if return_logits is not None else (labels is None or not self.training)
-        outputs = run(prompt, inputs, text, attention_mask, position_ids, supervision, whole, kwargs)
+        keep = slice(-logits_to_keep if logits_to_keep else None, None)
+        run = self._concatenated_pass if self._concatenates() else self._cached_pass
+        outputs = run(prompt, text.after(prompt.shape[1]), HeadInput(supervision, whole, keep), kwargs)
         logits = outputs.logits
         result = PriorCausalLMOutput(
             past_key_values=outputs.past_key_values if kwargs.get("use_cache") else None,
@@ -243,54 +244,56 @@ class PriorPeftModel(PeftModelForCausalLM):
         if supervision is not None:
             scored = logits[supervision.rows, supervision.predictors + 1] if whole else logits[0]
             nll = nn.functional.cross_entropy(scored.float(), supervision.targets, reduction="none")
-            result.row_nll = nll.new_zeros(len(text)).index_add(0, supervision.rows, nll.detach())
-            result.row_tokens = torch.bincount(supervision.rows, minlength=len(text))
+            result.row_nll = nll.new_zeros(text.batch_size).index_add(0, supervision.rows, nll.detach())
+            result.row_tokens = torch.bincount(supervision.rows, minlength=text.batch_size)
             count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
             result.loss = nll.sum() / count
             if self.training and self.active_peft_config.prior_weight:
                 result.log_prior = encoder.log_prob(prompt)
-            logits = logits[:, 1:] if whole else None
+            logits = logits[:, 1:][:, keep] if whole else None
         result.logits = logits
         return result if return_dict is not False else result.to_tuple()
 
-    def _cached_pass(self, prompt, inputs, text, attention_mask, position_ids, supervision, whole, kwargs):
+    def _cached_pass(self, prompt: Tensor, text: "Text", head: HeadInput, options: dict[str, Any]) -> Any:
         """Prompt once at batch 1, then the text over its cache. Exact, as prompt positions never see the text."""
         cache, last = self.prompt_pass(prompt)
-        batch, length = text.shape[:2]
 
         def with_prompt(hidden: Tensor) -> Tensor:
-            return torch.cat([last.expand(batch, 1, -1), hidden], dim=1)
+            return torch.cat([last.expand(text.batch_size, 1, -1), hidden], dim=1)
 
-        with self._head_input(supervision, whole, with_prompt):
+        with head.of(self.base_model, with_prompt):
             return self.base_model(
-                **inputs,
-                **self._positions(position_ids),
-                attention_mask=_extended(attention_mask, prompt.shape[1]),
-                past_key_values=expand_cache(cache, batch),
-                **{"use_cache": False, **kwargs},
+                input_ids=text.input_ids,
+                inputs_embeds=text.inputs_embeds,
+                attention_mask=text.attention_mask,
+                past_key_values=expand_cache(cache, text.batch_size),
+                **self._positions(text.position_ids),
+                **{"use_cache": False, **options},
             )
 
-    def _concatenated_pass(self, prompt, inputs, text, attention_mask, position_ids, supervision, whole, kwargs):
+    def _concatenated_pass(self, prompt: Tensor, text: "Text", head: HeadInput, options: dict[str, Any]) -> Any:
         """Prompt and text as one sequence, for gradient checkpointing and models without a key/value cache."""
-        batch, length = text.shape[:2]
         count = prompt.shape[1]
-        embeddings = inputs.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = self.base_model.get_input_embeddings()(text)
-        start = prompt[0].to(embeddings.dtype).expand(batch, -1, -1)
+        position_ids = text.position_ids
         if position_ids is not None:
-            before = torch.arange(count, device=position_ids.device).expand(batch, -1)
+            before = torch.arange(count, device=position_ids.device).expand(text.batch_size, -1)
             position_ids = torch.cat([before, position_ids], dim=1)
-        with self._deep_prompt(prompt), self._head_input(supervision, whole, lambda hidden: hidden[:, count - 1 :]):
+        with self._deep_prompt(prompt), head.of(self.base_model, lambda hidden: hidden[:, count - 1 :]):
             outputs = self.base_model(
-                inputs_embeds=torch.cat([start, embeddings], dim=1),
-                attention_mask=_extended(attention_mask, count),
+                inputs_embeds=self._prompted_embeddings(prompt, text.input_ids, text.inputs_embeds),
+                attention_mask=text.attention_mask,
                 **self._positions(position_ids),
-                **{"use_cache": False, **kwargs},
+                **{"use_cache": False, **options},
             )
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(hidden[:, count:] for hidden in outputs.hidden_states)
         return outputs
+
+    def _prompted_embeddings(self, prompt: Tensor, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """The embedding layer's θ before the text's embeddings, shape `[B, P + L, d]`."""
+        if embeddings is None:
+            embeddings = self.base_model.get_input_embeddings()(input_ids)
+        return torch.cat([prompt[0].to(embeddings.dtype).expand(len(embeddings), -1, -1), embeddings], dim=1)
 
     def prompt_pass(self, prompt: Tensor) -> tuple[DynamicCache, Tensor]:
         """Run the virtual tokens alone.
@@ -307,18 +310,16 @@ class PriorPeftModel(PeftModelForCausalLM):
             outputs = self.base_model.base_model(inputs_embeds=start, use_cache=True)
         return outputs.past_key_values, outputs.last_hidden_state[:, -1:]
 
-    def _continue(self, inputs, text, attention_mask, position_ids, cache, labels, kwargs) -> Any:
-        """One more step over a cache that holds the prompt: lengths in the caller's mask don't count the prompt."""
-        missing = cache.get_seq_length() + text.shape[1] - (0 if attention_mask is None else attention_mask.shape[1])
-        if position_ids is not None:
-            position_ids = position_ids + self.active_peft_config.num_virtual_tokens
+    def _continue(self, text: "Text", cache: Any, **options: Any) -> Any:
+        """One more step over a cache that holds the prompt; the caller's mask and positions don't count the prompt."""
+        text = text.after(self.active_peft_config.num_virtual_tokens)
         return self.base_model(
-            **inputs,
-            **self._positions(position_ids),
-            attention_mask=_extended(attention_mask, missing),
+            input_ids=text.input_ids,
+            inputs_embeds=text.inputs_embeds,
+            attention_mask=text.attention_mask,
             past_key_values=cache,
-            labels=labels,
-            **kwargs,
+            **self._positions(text.position_ids),
+            **options,
         )
 
     def _concatenates(self) -> bool:
@@ -340,39 +341,13 @@ class PriorPeftModel(PeftModelForCausalLM):
         if len(layers) > 1:
             blocks = decoder_layers(self.base_model)
             for layer, theta in zip(layers[1:], prompt[1:], strict=True):
-                hook = _replace_prompt(theta)
+                hook = replace_prompt(theta)
                 handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def _head_input(
-        self, supervision: "Supervision | None", whole: bool, aligned: Callable[[Tensor], Tensor]
-    ) -> Iterator[None]:
-        """Choose the positions that reach the LM head; all that the architecture does after it still happens.
-
-        Args:
-            supervision: Supervised positions, or None to keep exactly the text's.
-            whole: Whether all positions of the text are wanted.
-            aligned: Makes `[B, 1 + L, d]` of the head's input: the last virtual token's state, then the text's.
-        """
-
-        def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = aligned(arguments[0])
-            if supervision is None:
-                hidden = hidden[:, 1:]
-            elif not whole:
-                hidden = hidden[supervision.rows, supervision.predictors + 1].unsqueeze(0)
-            return (hidden, *arguments[1:])
-
-        handle = self.base_model.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     # Generation
 
@@ -395,20 +370,20 @@ class PriorPeftModel(PeftModelForCausalLM):
             inferable = embeddings is None and pad is not None and pad not in _as_list(config.eos_token_id)
             mask = text.ne(pad).long() if inferable else torch.ones(text.shape[:2], device=text.device).long()
         prompt = self.prompt_encoder[self.active_adapter]()
-        mask = _extended(mask, prompt.shape[1])
+        kwargs["attention_mask"] = extended_mask(mask, prompt.shape[1])
         if self._concatenates():
-            embeddings = base.get_input_embeddings()(text) if embeddings is None else embeddings
-        if embeddings is not None:
-            start = prompt[0].to(embeddings.dtype).expand(len(text), -1, -1)
-            kwargs["inputs_embeds"] = torch.cat([start, embeddings], dim=1)
-        if self._concatenates():
+            kwargs["inputs_embeds"] = self._prompted_embeddings(prompt, input_ids, embeddings)
             with self._deep_prompt(prompt):
-                generated = base.generate(attention_mask=mask, **kwargs)
+                generated = base.generate(**kwargs)
             return generated if input_ids is None else _prepended(input_ids, generated)
+        if embeddings is not None:
+            # generate drops as many leading embeddings as the cache has positions
+            kwargs["inputs_embeds"] = self._prompted_embeddings(prompt, None, embeddings)
         # Beams and samples are rows too; generate repeats its tensors for them but not a cache.
         repeats = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in _REPEATING)
         kwargs["past_key_values"] = expand_cache(self.prompt_pass(prompt)[0], len(text) * repeats)
-        return base.generate(input_ids, attention_mask=mask, **kwargs)
+        # Trainer switches the cache off in the base model's configuration; here it holds the prompt.
+        return base.generate(input_ids, **kwargs | {"use_cache": True})
 
     def get_prompt(self, batch_size: int, task_ids: None = None, max_cache_len: int | None = None) -> Any:
         """θ `[batch_size, P, d]` of a soft prompt, or the key/value cache of a deep one, as PEFT gives them."""
@@ -506,107 +481,34 @@ def get_prior_model(
 
 
 @dataclass(frozen=True)
-class Supervision:
-    """Which tokens of a batch are supervised.
+class Text:
+    """What comes after the prompt: `input_ids` `[B, L]` or `inputs_embeds` `[B, L, d]`, mask and positions `[B, L]`."""
 
-    Args:
-        rows: Row of each supervised token, shape `[N]`.
-        predictors: Position in the row that predicts it, −1 for the last virtual token, shape `[N]`.
-        targets: Token ids, shape `[N]`.
-    """
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
 
-    rows: Tensor
-    predictors: Tensor
-    targets: Tensor
+    @property
+    def batch_size(self) -> int:
+        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        return len(given)  # type: ignore[arg-type]
 
-    @classmethod
-    def of(cls, labels: Tensor, attention_mask: Tensor | None) -> "Supervision":
-        rows, columns = (labels != -100).nonzero(as_tuple=True)
-        predictors = columns - 1
-        if attention_mask is not None:
-            # After left padding it is the prompt, not a padded position, that comes before the first token.
-            padded = attention_mask[rows, predictors.clamp_min(0)] == 0
-            predictors = predictors.masked_fill(padded, -1)
-        return cls(rows, predictors, labels[rows, columns])
-
-
-def check_base_model(model: nn.Module) -> None:
-    """Raise `ValueError` unless `model` is a decoder-only language model with input and output embeddings."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, got {name}")
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = None
-    if not isinstance(getattr(embeddings, "weight", None), Tensor):
-        raise ValueError(f"model must have input embeddings to put a prompt beside, got {name} without any")
-    if model.config.is_encoder_decoder or getattr(model.config, "is_decoder", True) is False and _is_encoder(model):
-        raise ValueError(f"model must be decoder-only (load it with AutoModelForCausalLM), got {name}")
-    if not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(f"model must have a language-model head (load it with AutoModelForCausalLM), got {name}")
+    def after(self, count: int) -> "Text":
+        """The same text after `count` virtual tokens: all rows see them, and positions go on from them."""
+        positions, mask = self.position_ids, self.attention_mask
+        if positions is None and mask is not None:
+            length = (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1]  # type: ignore[union-attr]
+            # Padding on either side is skipped, so that a row gives what it gives alone.
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+        positions = None if positions is None else positions + count
+        mask = None if mask is None else extended_mask(mask, count)
+        return Text(self.input_ids, self.inputs_embeds, mask, positions)
 
 
-def _is_encoder(model: PreTrainedModel) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def supports_prompt_cache(model: PreTrainedModel) -> bool:
-    """Whether a prompt's key/value cache stands for the prompt exactly: attention layers only, and a cache argument."""
-    if getattr(model, "_is_stateful", False):
-        return False
-    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers, wherever the architecture keeps it.
-
-    Raises:
-        ValueError: There is no list of `num_hidden_layers` modules.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f'tuning must be "soft" for {type(model).__name__}: its decoder layers could not be found')
-
-
-def expand_cache(cache: DynamicCache, batch_size: int) -> DynamicCache:
-    """A view of a batch-1 cache for `batch_size` rows; growing it leaves `cache` as it was."""
-    expanded = copy.copy(cache)
-    expanded.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in expanded.layers:
-        if layer.is_initialized:
-            layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
-            layer.values = layer.values.expand(batch_size, -1, -1, -1)
-    return expanded
-
-
-_REPEATING = ("num_beams", "num_return_sequences")
-
-
-def _replace_prompt(theta: Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
-    def replace(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
-        hidden = arguments[0] if arguments else keywords["hidden_states"]
-        if hidden.shape[1] < len(theta):
-            return None  # a decoding step: the prompt has gone by
-        start = theta.to(hidden.dtype).expand(len(hidden), -1, -1)
-        hidden = torch.cat([start, hidden[:, len(theta) :]], dim=1)
-        if arguments:
-            return (hidden, *arguments[1:]), keywords
-        return arguments, {**keywords, "hidden_states": hidden}
-
-    return replace
-
-
-def _extended(attention_mask: Tensor | None, count: int) -> Tensor | None:
-    """The mask with `count` positions before it that all rows see; None stays None."""
-    return None if attention_mask is None else nn.functional.pad(attention_mask, (count, 0), value=1)
+def extended_mask(attention_mask: Tensor, count: int) -> Tensor:
+    """The mask with `count` positions before it that all rows see."""
+    return nn.functional.pad(attention_mask, (count, 0), value=1)
 
 
 def _prepended(input_ids: Tensor, generated: Any) -> Any:

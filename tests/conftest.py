@@ -1,6 +1,10 @@
 """Tiny models of every architecture that matters, built from their configurations, and a tokenizer for them."""
 
+import copy
 import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -15,7 +19,6 @@ from transformers import (
 )
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 VOCABULARY = 96
@@ -76,7 +79,7 @@ def architecture(request) -> str:
 def make_model(architecture: str = "llama", seed: int = 0):
     """A tiny model in evaluation mode whose weights are large enough for differences to show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]), attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

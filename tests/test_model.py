@@ -75,6 +75,10 @@ def test_whole_logits_are_aligned_and_equal_stock(architecture):
         expected = stock(**inputs).logits[:, TOKENS:]
         for extra in ({}, {"labels": None}):
             assert torch.allclose(model(**inputs | extra).logits, expected, atol=1e-4)
+            for kept in (1, 4):
+                assert torch.allclose(
+                    model(**inputs | extra, logits_to_keep=kept).logits, expected[:, -kept:], atol=1e-4
+                )
         assert model.train()(**inputs).logits is None
         assert model(**inputs, return_logits=True).logits.shape == expected.shape
 
@@ -198,6 +202,16 @@ def test_generation_goes_step_by_step_with_the_forward(architecture):
         step = model(input_ids=outputs.logits[:, -1:].argmax(-1), past_key_values=outputs.past_key_values)
     assert torch.equal(ids, expected)
     assert torch.equal(step.logits[:, -1].argmax(-1), expected[:, 6])
+
+
+def test_generation_does_not_depend_on_the_base_models_cache_setting():
+    ids = batch(2, 5)["input_ids"]
+    texts = []
+    for use_cache in (True, False):  # Trainer leaves False
+        model = get_prior_model(make_model(), PriorConfig(**GAUSSIAN, tuning="deep"))
+        model.base_model.config.use_cache = use_cache
+        texts.append(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=use_cache))
+    assert torch.equal(*texts)
 
 
 def test_disabled_adapter_is_the_base_model():

@@ -39,6 +39,7 @@ class TaskArguments:
     completion_column: str = field(default="completion", metadata={"help": "Column with the answer"})
     num_train: int | None = field(default=None, metadata={"help": "Most training rows"})
     num_eval: int | None = field(default=None, metadata={"help": "Most evaluation rows"})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the split; the same for every run that is compared"})
 
     def __post_init__(self) -> None:
         self.task_kwargs = parse_object("task_kwargs", self.task_kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..model import check_base_model, decoder_layers, supports_prompt_cache
+from ..architecture import check_base_model, decoder_layers, supports_prompt_cache
 from ..priors import prior_names
 from ..priors.reference import vocabulary_ids
 from .arguments import ModelArguments, parse

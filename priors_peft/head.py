@@ -1,0 +1,71 @@
+"""The LM head on the positions that need it: which tokens are supervised, and what reaches the head."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Which tokens of a batch are supervised.
+
+    Args:
+        rows: Row of each supervised token, shape `[N]`.
+        predictors: Position in the row that predicts it, −1 for the last virtual token, shape `[N]`.
+        targets: Token ids, shape `[N]`.
+    """
+
+    rows: Tensor
+    predictors: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, attention_mask: Tensor | None) -> "Supervision":
+        rows, columns = (labels != -100).nonzero(as_tuple=True)
+        predictors = columns - 1
+        if attention_mask is not None:
+            # After left padding it is the prompt, not a padded position, that comes before the first token.
+            padded = attention_mask[rows, predictors.clamp_min(0)] == 0
+            predictors = predictors.masked_fill(padded, -1)
+        return cls(rows, predictors, labels[rows, columns])
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """Which positions reach the LM head; all that the architecture does after it still happens.
+
+    Args:
+        supervision: Supervised positions, if there are labels.
+        whole: Whether logits of the text are wanted beside the loss.
+        keep: Which of the text's positions, where there are no labels.
+    """
+
+    supervision: Supervision | None
+    whole: bool
+    keep: slice
+
+    @contextmanager
+    def of(self, model: PreTrainedModel, aligned: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Choose while this context lasts.
+
+        Args:
+            model: Whose head it is.
+            aligned: Makes `[B, 1 + L, d]` of the head's input: the last virtual token's state, then the text's.
+        """
+
+        def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = aligned(arguments[0])
+            if self.supervision is None:
+                hidden = hidden[:, 1:][:, self.keep]
+            elif not self.whole:
+                hidden = hidden[self.supervision.rows, self.supervision.predictors + 1].unsqueeze(0)
+            return (hidden, *arguments[1:])
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
