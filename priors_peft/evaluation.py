@@ -34,7 +34,7 @@ class Answers:
 
 @torch.no_grad()
 def answer(
-    model: nn.Module, tokenizer: Any, dataset: Any, max_new_tokens: int, batch_size: int = 16, desc: str = "Answering"
+    model: Any, tokenizer: Any, dataset: Any, max_new_tokens: int, batch_size: int = 16, desc: str = "Answering"
 ) -> Answers:
     """Score and generate the answers of a data set with a base model, a stock PEFT model or one of ours.
 

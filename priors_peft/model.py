@@ -16,8 +16,8 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import logging
 
 from .architecture import check_base_model, decoder_layers, expand_cache, replace_prompt, supports_prompt_cache
+from .batch import HeadInput, Supervision, Text, extended_mask
 from .config import PriorConfig
-from .head import HeadInput, Supervision
 from .priors import Prior, prior_class
 from .priors.reference import Provenance, vocabulary_reference
 from .prompt import PriorPromptEncoder
@@ -64,6 +64,8 @@ class PriorPeftModel(PeftModelForCausalLM):
     Raises:
         ValueError: The base model can't take a prompt, or the configuration does not fit it.
     """
+
+    prompt_encoder: Any
 
     def __init__(
         self,
@@ -254,7 +256,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         result.logits = logits
         return result if return_dict is not False else result.to_tuple()
 
-    def _cached_pass(self, prompt: Tensor, text: "Text", head: HeadInput, options: dict[str, Any]) -> Any:
+    def _cached_pass(self, prompt: Tensor, text: Text, head: HeadInput, options: dict[str, Any]) -> Any:
         """Prompt once at batch 1, then the text over its cache. Exact, as prompt positions never see the text."""
         cache, last = self.prompt_pass(prompt)
 
@@ -271,7 +273,7 @@ class PriorPeftModel(PeftModelForCausalLM):
                 **{"use_cache": False, **options},
             )
 
-    def _concatenated_pass(self, prompt: Tensor, text: "Text", head: HeadInput, options: dict[str, Any]) -> Any:
+    def _concatenated_pass(self, prompt: Tensor, text: Text, head: HeadInput, options: dict[str, Any]) -> Any:
         """Prompt and text as one sequence, for gradient checkpointing and models without a key/value cache."""
         count = prompt.shape[1]
         position_ids = text.position_ids
@@ -310,7 +312,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             outputs = self.base_model.base_model(inputs_embeds=start, use_cache=True)
         return outputs.past_key_values, outputs.last_hidden_state[:, -1:]
 
-    def _continue(self, text: "Text", cache: Any, **options: Any) -> Any:
+    def _continue(self, text: Text, cache: Any, **options: Any) -> Any:
         """One more step over a cache that holds the prompt; the caller's mask and positions don't count the prompt."""
         text = text.after(self.active_peft_config.num_virtual_tokens)
         return self.base_model(
@@ -478,37 +480,6 @@ def get_prior_model(
         ValueError: The base model can't take a prompt, or the configuration does not fit it.
     """
     return PriorPeftModel(base_model, config, adapter_name, tokenizer=tokenizer)
-
-
-@dataclass(frozen=True)
-class Text:
-    """What comes after the prompt: `input_ids` `[B, L]` or `inputs_embeds` `[B, L, d]`, mask and positions `[B, L]`."""
-
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-
-    @property
-    def batch_size(self) -> int:
-        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
-        return len(given)  # type: ignore[arg-type]
-
-    def after(self, count: int) -> "Text":
-        """The same text after `count` virtual tokens: all rows see them, and positions go on from them."""
-        positions, mask = self.position_ids, self.attention_mask
-        if positions is None and mask is not None:
-            length = (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1]  # type: ignore[union-attr]
-            # Padding on either side is skipped, so that a row gives what it gives alone.
-            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-        positions = None if positions is None else positions + count
-        mask = None if mask is None else extended_mask(mask, count)
-        return Text(self.input_ids, self.inputs_embeds, mask, positions)
-
-
-def extended_mask(attention_mask: Tensor, count: int) -> Tensor:
-    """The mask with `count` positions before it that all rows see."""
-    return nn.functional.pad(attention_mask, (count, 0), value=1)
 
 
 def _prepended(input_ids: Tensor, generated: Any) -> Any:

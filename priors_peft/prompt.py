@@ -1,6 +1,7 @@
 """The parameters of a prompt and their coordinates: `PriorPromptEncoder`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BasePromptEncoder
@@ -23,6 +24,9 @@ class PriorPromptEncoder(BasePromptEncoder):
 
     Output shape: `[S, P, d]`
     """
+
+    priors: Any
+    initial_prompt: Tensor
 
     def __init__(self, priors: Sequence[Prior], coordinates: str, prompt: Tensor) -> None:
         super().__init__()

@@ -109,6 +109,8 @@ class PriorTrainer(Trainer):
         OSError: `output_dir` can't be written to or has no room, found out before anything is trained.
     """
 
+    compute_metrics: Any
+
     def __init__(
         self,
         model: PriorPeftModel,

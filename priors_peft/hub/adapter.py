@@ -59,8 +59,8 @@ def save_adapters(
 @torch.no_grad()
 def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights with which stock PEFT gives the same model: θ if soft, its key/value cache if deep."""
-    config, encoder = model.peft_config[name], model.prompt_encoder[name]
-    prompt = encoder()
+    config = model.peft_config[name]
+    prompt = model.prompt_encoder[name]()
     if not torch.isfinite(prompt).all():
         raise ValueError(f"the prompt {name!r} must be finite to be saved, got inf or nan: load the last checkpoint")
     shared = {
@@ -110,7 +110,8 @@ def _prompt_cache(model: "PriorPeftModel", name: str, prompt: Tensor) -> Any:
 def _write(
     model: "PriorPeftModel", name: str, stock: dict[str, Any], weights: dict[str, Tensor], folder: Path
 ) -> None:
-    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    config: PriorConfig = model.peft_config[name]
+    encoder: Any = model.prompt_encoder[name]
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     with torch.no_grad():
         state["prompt"] = encoder().cpu()
@@ -119,7 +120,7 @@ def _write(
             save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, stock)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    settings = config.to_dict() | {"prior": [_family(prior) for prior in encoder.priors][0]}
+    settings = config.to_dict() | {"prior": _family(encoder.priors[0])}
     write_json(
         folder / PRIOR_CONFIG,
         {
@@ -181,7 +182,7 @@ class SavedAdapter:
             )
         encoder.load_state_dict(saved.state_dict())
 
-    def check_fits(self, model: torch.nn.Module) -> None:
+    def check_fits(self, model: Any) -> None:
         """Raise `ValueError` unless the prompt is as wide and as deep as the base model."""
         width = model.get_input_embeddings().weight.shape[1]
         layers = model.config.get_text_config().num_hidden_layers

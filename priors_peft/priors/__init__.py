@@ -4,11 +4,22 @@ import importlib
 import pkgutil
 
 from .base import Prior
+from .block import BlockPrior
+from .distribution import DistributionPrior
+from .empirical import EmpiricalMixturePrior, EmpiricalPrior
+from .exclusion import ExclusionPrior
 from .gaussian import GaussianPrior
+from .interpolation import InterpolationPrior
+from .low_rank import LowRankPrior
+from .mixture import MixturePrior
+from .rejection import RejectionPrior
 from .structured import StructuredPrior
+from .text import TextPrior
 
 
-_NOT_FAMILIES = {"base", "reference"}
+# What families are built from. The structures of a family are its subclasses, so they must all be imported above for
+# `from_state_dict` to find them.
+_NOT_FAMILIES = {"base", "block", "chi", "distribution", "low_rank", "mixture", "reference", "rejection"}
 
 
 def prior_names() -> list[str]:
@@ -27,4 +38,30 @@ def prior_class(name: str) -> type[Prior]:
     return getattr(importlib.import_module(f"{__name__}.{name}"), f"{name.capitalize()}Prior")
 
 
-__all__ = ["GaussianPrior", "Prior", "StructuredPrior", "prior_class", "prior_names"]
+def prior_family(prior: Prior) -> str:
+    """The family of a prior of this package, the name of its class for a user's own."""
+    for kind in type(prior).__mro__ if type(prior).__module__.startswith(f"{__name__}.") else ():
+        name = kind.__module__.rpartition(".")[2]
+        if name in prior_names():
+            return name
+    return type(prior).__qualname__
+
+
+__all__ = [
+    "BlockPrior",
+    "DistributionPrior",
+    "EmpiricalMixturePrior",
+    "EmpiricalPrior",
+    "ExclusionPrior",
+    "GaussianPrior",
+    "InterpolationPrior",
+    "LowRankPrior",
+    "MixturePrior",
+    "Prior",
+    "RejectionPrior",
+    "StructuredPrior",
+    "TextPrior",
+    "prior_class",
+    "prior_family",
+    "prior_names",
+]

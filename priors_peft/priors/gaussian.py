@@ -45,7 +45,8 @@ class GaussianPrior(Prior):
         if scale is not None and scale <= 0:
             raise ValueError(f"scale must be > 0, got {scale}")
         mean = reference.mean(0) if loc is None else torch.full_like(reference[0], loc)
-        variance = (reference - mean).square().mean(0)
+        # About a fixed mean too, without a second copy of the reference.
+        variance = reference.var(0, correction=0) + (reference.mean(0) - mean).square()
         if not diagonal:
             variance = variance.mean().expand_as(mean)
         deviation = variance.sqrt() if scale is None else torch.full_like(mean, scale)
@@ -64,7 +65,7 @@ class GaussianPrior(Prior):
 
     # A is diagonal here: multiplying by σ costs d where the general case costs d².
     def to_prompt(self, z: Tensor) -> Tensor:
-        return self.loc + z * self.scale
+        return self.loc + z.to(self.loc.dtype) * self.scale
 
     def to_whitened(self, prompt: Tensor) -> Tensor:
         return (self._checked(prompt) - self.loc) / self.scale

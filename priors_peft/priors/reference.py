@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 # Rows fed through the model for a deep prompt's layers: enough for a mean and a shrunk covariance at any width that
@@ -41,7 +41,7 @@ class Provenance:
         return asdict(self)
 
 
-def vocabulary_ids(embedding: nn.Module, tokenizer: Any | None) -> Tensor:
+def vocabulary_ids(embedding: Any, tokenizer: Any | None) -> Tensor:
     """Ids of the vocabulary rows that training shaped, shape `[n]`.
 
     Left out: special and added tokens, rows past the tokenizer's vocabulary, and rows that were never trained, known
@@ -64,7 +64,7 @@ def vocabulary_ids(embedding: nn.Module, tokenizer: Any | None) -> Tensor:
 
 @torch.no_grad()
 def vocabulary_reference(
-    model: nn.Module, layers: list[int], tokenizer: Any | None = None, seed: int = 0
+    model: Any, layers: list[int], tokenizer: Any | None = None, seed: int = 0
 ) -> tuple[list[Tensor], list[Provenance]]:
     """The vocabulary as each selected layer sees it.
 

@@ -1,4 +1,4 @@
-"""The LM head on the positions that need it: which tokens are supervised, and what reaches the head."""
+"""One batch: its text after the prompt, which tokens are supervised, and what reaches the LM head."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,37 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Text:
+    """What comes after the prompt: `input_ids` `[B, L]` or `inputs_embeds` `[B, L, d]`, mask and positions `[B, L]`."""
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+
+    @property
+    def batch_size(self) -> int:
+        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        return len(given)  # type: ignore[arg-type]
+
+    def after(self, count: int) -> "Text":
+        """The same text after `count` virtual tokens: all rows see them, and positions go on from them."""
+        positions, mask = self.position_ids, self.attention_mask
+        if positions is None and mask is not None:
+            length = (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1]  # type: ignore[union-attr]
+            # Padding on either side is skipped, so that a row gives what it gives alone.
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+        positions = None if positions is None else positions + count
+        mask = None if mask is None else extended_mask(mask, count)
+        return Text(self.input_ids, self.inputs_embeds, mask, positions)
+
+
+def extended_mask(attention_mask: Tensor, count: int) -> Tensor:
+    """The mask with `count` positions before it that all rows see."""
+    return nn.functional.pad(attention_mask, (count, 0), value=1)
 
 
 @dataclass(frozen=True)
