@@ -14,7 +14,9 @@ PRIOR, PARAMETER, FROZEN, DATA, RESULT = "#fde2b3", "#f4a582", "#d9e6f2", "#e8e8
 
 
 def box(axes, x, y, width, height, title, text, color):
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12", fc=color, ec="#444"))
+    axes.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12", fc=color, ec="#444")
+    )
     axes.text(x + width / 2, y + height - 0.28, title, ha="center", va="center", fontsize=11, weight="bold")
     axes.text(x + width / 2, y + (height - 0.42) / 2, text, ha="center", va="center", fontsize=9.5, linespacing=1.35)
 

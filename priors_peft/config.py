@@ -15,10 +15,14 @@ class PriorConfig(PromptLearningConfig):
         num_virtual_tokens: Number P of virtual tokens.
         tuning: `"soft"` trains vectors at the embedding layer; `"deep"` also replaces the hidden states of the prompt
             positions at the input of every selected layer.
-        prior: Family of the prior (`priors_peft.priors.prior_names()`), or a `Prior` object, used at every selected
-            layer.
-        prior_kwargs: Settings of the family, passed to its `fit`.
-        reference: What the prior is fitted on: `"vocabulary"`, or a tensor `[n, d]`.
+        prior: Family of the prior (`priors_peft.priors.prior_names()`), or a `Prior` object or a
+            `torch.distributions.Distribution` with event shape `[d]`, used at every selected layer.
+        prior_kwargs: Settings of the family, passed to its `fit`; `{"text": ...}` is the text prior's description.
+        reference: What the prior is fitted on: `"vocabulary"`; `"activations"` of texts at each selected layer;
+            `"adapters"` trained before; a tensor `[n, d]`, or two of them for an interpolation.
+        reference_kwargs: What the reference is made of. vocabulary: `data` (texts or rows) whose token frequencies
+            weigh it; activations: `data`, two of them for an interpolation, `num_tokens`, `max_length`, `batch_size`;
+            adapters: `adapters`, a list of folders or Hub ids.
         layers: Selected layers for deep tuning: 0 is the embedding layer, l the input of decoder layer l, negative
             numbers count from the last. `"all"` (the default for deep) or a list that contains 0.
         coordinates: `"whitened"` optimises z in θ = µ + A z, `"plain"` optimises θ.
@@ -37,6 +41,9 @@ class PriorConfig(PromptLearningConfig):
     prior: Any = field(default="structured", metadata={"help": "Family of the prior, or a Prior object"})
     prior_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the prior's fit"})
     reference: Any = field(default="vocabulary", metadata={"help": "What the prior is fitted on, or a tensor [n, d]"})
+    reference_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "What the reference is made of: data, or adapters"}
+    )
     layers: Any = field(
         default=None, metadata={"help": 'Selected layers: "all" or a list with 0 in it; negative numbers from the end'}
     )
@@ -66,8 +73,12 @@ class PriorConfig(PromptLearningConfig):
             from .priors import prior_class
 
             prior_class(self.prior)
-        if isinstance(self.reference, str) and self.reference != "vocabulary":
-            raise ValueError(f'reference must be "vocabulary" or a tensor [n, d], got {self.reference!r}')
+        if isinstance(self.reference, str) and self.reference not in ("vocabulary", "activations", "adapters"):
+            raise ValueError(
+                f"reference must be vocabulary, activations, adapters, or a tensor [n, d], got {self.reference!r}"
+            )
+        if self.prior == "empirical" and isinstance(self.reference, str) and self.reference != "adapters":
+            raise ValueError(f'prior="empirical" is fitted on reference="adapters", got {self.reference!r}')
         if self.modules_to_save:
             raise ValueError(
                 f"modules_to_save must be None, got {self.modules_to_save!r}: only the prompt is trained here"
@@ -104,4 +115,8 @@ class PriorConfig(PromptLearningConfig):
         for name in ("prior", "reference"):
             if not isinstance(values[name], str):
                 values[name] = type(values[name]).__name__
+        values["reference_kwargs"] = {
+            name: value if isinstance(value, (str, int, float)) else f"{len(value)} items"
+            for name, value in self.reference_kwargs.items()
+        }
         return values | {"peft_type": self.peft_type.value}

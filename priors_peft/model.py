@@ -1,6 +1,5 @@
 """The tuned model: a prompt pass for the whole batch, a text pass, and the head on supervised positions only."""
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ from transformers.utils import logging
 from .architecture import check_base_model, decoder_layers, expand_cache, replace_prompt, supports_prompt_cache
 from .batch import HeadInput, Supervision, Text, extended_mask
 from .config import PriorConfig
-from .priors import Prior, prior_class
-from .priors.reference import Provenance, vocabulary_reference
-from .prompt import PriorPromptEncoder
+from .fitting import new_encoder
+from .priors.reference import Provenance
 
 
 if TYPE_CHECKING:
@@ -106,7 +104,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         layers = self._prepare_config(peft_config)
         saved, self._saved = self._saved, None
         if saved is None:
-            encoder, provenance = self._new_encoder(peft_config, layers)
+            encoder, provenance = new_encoder(self.base_model, peft_config, layers, self.tokenizer)
         else:
             encoder, provenance = saved.encoder(), saved.provenance
         if not hasattr(self, "prompt_encoder"):
@@ -168,26 +166,6 @@ class PriorPeftModel(PeftModelForCausalLM):
         config.task_type = config.task_type or "CAUSAL_LM"
         config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
         return layers
-
-    def _new_encoder(self, config: PriorConfig, layers: list[int]) -> tuple[PriorPromptEncoder, list[Provenance]]:
-        provenance: list[Provenance] = []
-        if isinstance(config.prior, Prior):
-            priors = [copy.deepcopy(config.prior) for _ in layers]
-        else:
-            references, provenance = self._references(config, layers)
-            family = prior_class(config.prior)
-            priors = [family.fit(reference, **config.prior_kwargs) for reference in references]
-        for prior in priors:
-            if prior.dim != config.token_dim:
-                raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
-        generator = torch.Generator().manual_seed(config.seed)
-        prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
-        return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
-
-    def _references(self, config: PriorConfig, layers: list[int]) -> tuple[list[Tensor], list[Provenance]]:
-        if not isinstance(config.reference, Tensor):
-            return vocabulary_reference(self.base_model, layers, self.tokenizer, config.seed)
-        return [config.reference] * len(layers), [Provenance.of("tensor", layer, config.reference) for layer in layers]
 
     # Forward
 

@@ -31,10 +31,6 @@ class PriorPromptEncoder(BasePromptEncoder):
     def __init__(self, priors: Sequence[Prior], coordinates: str, prompt: Tensor) -> None:
         super().__init__()
         self.priors = nn.ModuleList(priors)
-        # Factorizations come column by column and files row by row, which round differently when multiplied: with one
-        # layout a resumed run is the same to the last bit.
-        for buffer in self.priors.buffers():
-            buffer.data = buffer.data.contiguous()
         self.coordinates = coordinates
         self.register_buffer("initial_prompt", prompt.detach().float().clone())
         self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))

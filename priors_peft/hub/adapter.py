@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..config import PriorConfig
 from ..files import atomic_path, sha256, write_json
-from ..priors import GaussianPrior, Prior, prior_class
+from ..fitting import own_prior
+from ..priors import GaussianPrior, Prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
 
@@ -120,7 +121,7 @@ def _write(
             save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, stock)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    settings = config.to_dict() | {"prior": _family(encoder.priors[0])}
+    settings = config.to_dict() | {"prior": prior_family(encoder.priors[0])}
     write_json(
         folder / PRIOR_CONFIG,
         {
@@ -131,11 +132,6 @@ def _write(
             "sha256": {file: sha256(folder / file) for file in (ADAPTER_WEIGHTS, PRIOR_WEIGHTS)},
         },
     )
-
-
-def _family(prior: Prior) -> str:
-    package, _, module = type(prior).__module__.rpartition(".")
-    return module if package == Prior.__module__.rpartition(".")[0] else type(prior).__qualname__
 
 
 # Loading
@@ -231,7 +227,8 @@ def read_adapter(
                 f"{path} is damaged or was changed after it was saved (its SHA-256 is not the one in {PRIOR_CONFIG}). "
                 f"Fetch it again; to use {ADAPTER_WEIGHTS} as it is, delete {PRIOR_CONFIG} and {PRIOR_WEIGHTS}"
             )
-    saved = _config_from(described, prior_config)
+    own = None if config is None or isinstance(config.prior, str) else config.prior
+    saved = _config_from(described, prior_config, own)
     family = saved.prior
     if config is not None:
         saved = _overridden(saved, config)
@@ -254,19 +251,28 @@ def read_adapter(
 def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: int) -> Prior:
     prefix = f"priors.{index}."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if isinstance(config.prior, Prior):
-        return type(config.prior).from_state_dict(own)
+    if not isinstance(config.prior, str):
+        prior = own_prior(config.prior)
+        prior.load_state_dict(own)
+        return prior
     return prior_class(family).from_state_dict(own)
 
 
-def _config_from(described: dict[str, Any], path: Path) -> PriorConfig:
+def _config_from(described: dict[str, Any], path: Path, own: Any | None) -> PriorConfig:
     values = described.get("config")
     known = {field.name for field in fields(PriorConfig)} - {"peft_type", "peft_version", "auto_mapping"}
     if not isinstance(values, dict):
         raise ValueError(f"config must be an object in {path}, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if key in known}
-    # A reference that was a tensor is known by its provenance only; it is not needed again.
-    values["reference"] = "vocabulary"
+    # What the prior was fitted on is known by its provenance; it is not needed again.
+    values |= {"reference": "adapters" if values.get("prior") == "empirical" else "vocabulary", "reference_kwargs": {}}
+    if own is not None:
+        values["prior"] = own
+    elif values.get("prior", "structured") not in prior_names():
+        raise ValueError(
+            f"{path} names the prior {values['prior']!r}, which is its author's own: pass it again, as "
+            "from_pretrained(..., config=PriorConfig(prior=...)); nothing that is loaded can run code"
+        )
     try:
         return PriorConfig(**values)
     except (TypeError, ValueError) as error:
@@ -279,7 +285,7 @@ def _overridden(saved: PriorConfig, config: PriorConfig) -> PriorConfig:
             raise ValueError(
                 f"{name} must be the saved adapter's {getattr(saved, name)!r}, got {getattr(config, name)!r}"
             )
-    for name in ("prior", "coordinates", "prior_weight", "inference"):
+    for name in ("coordinates", "prior_weight", "inference"):
         setattr(saved, name, getattr(config, name))
     return saved
 

@@ -12,6 +12,7 @@ from .gaussian import GaussianPrior
 from .interpolation import InterpolationPrior
 from .low_rank import LowRankPrior
 from .mixture import MixturePrior
+from .moments import Moments
 from .rejection import RejectionPrior
 from .structured import StructuredPrior
 from .text import TextPrior
@@ -19,7 +20,7 @@ from .text import TextPrior
 
 # What families are built from. The structures of a family are its subclasses, so they must all be imported above for
 # `from_state_dict` to find them.
-_NOT_FAMILIES = {"base", "block", "chi", "distribution", "low_rank", "mixture", "reference", "rejection"}
+_NOT_FAMILIES = {"base", "block", "chi", "distribution", "low_rank", "mixture", "moments", "reference", "rejection"}
 
 
 def prior_names() -> list[str]:
@@ -57,6 +58,7 @@ __all__ = [
     "InterpolationPrior",
     "LowRankPrior",
     "MixturePrior",
+    "Moments",
     "Prior",
     "RejectionPrior",
     "StructuredPrior",

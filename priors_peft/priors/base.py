@@ -7,6 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .moments import Moments
+
 
 class Prior(nn.Module, ABC):
     r"""A distribution p(θ) over a prompt θ of P virtual tokens in a d-dimensional space.
@@ -49,7 +51,7 @@ class Prior(nn.Module, ABC):
         """Fit the prior to a reference.
 
         Args:
-            reference: Vectors of the layer's own space, shape `[n, d]`.
+            reference: Vectors of the layer's own space, shape `[n, d]`, or their streamed `Moments`.
             **kwargs: The family's own settings (`PriorConfig.prior_kwargs`).
 
         Raises:
@@ -133,8 +135,13 @@ def solve_rows(triangle: Tensor, rows: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(triangle, columns, upper=False).mT.reshape(rows.shape)
 
 
-def check_reference(reference: Tensor) -> Tensor:
-    """`reference` in float64, or `ValueError` if it is not a finite `[n, d]` tensor with n >= 2."""
+def check_reference(reference: Tensor | Moments) -> Tensor:
+    """`reference` in float64, or `ValueError` if it is not a finite `[n, d]` tensor with n >= 2.
+
+    Of streamed moments it is the sample of rows.
+    """
+    if isinstance(reference, Moments):
+        reference = reference.sample
     if not isinstance(reference, Tensor) or reference.ndim != 2 or reference.shape[0] < 2:
         got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
         raise ValueError(f"reference must be a tensor of shape [n, d] with n >= 2 rows, got {got}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import Prior, solve_rows
 from .chi import log_survival, radius_beyond
+from .moments import Moments
 from .structured import StructuredPrior
 
 
@@ -63,7 +64,7 @@ class ExclusionPrior(Prior):
     @classmethod
     def fit(
         cls,
-        reference: Tensor,
+        reference: Tensor | Moments,
         *,
         method: Literal["radius", "rejection"] = "radius",
         scale: float = 1.5,
@@ -94,7 +95,8 @@ class ExclusionPrior(Prior):
         # The reference's own radii and not chi's: real vectors have heavier tails (a quarter of SmolLM2's vocabulary
         # lies beyond chi's 0.99).
         lower, mean = shape.scale_tril.double(), shape.loc.double()
-        pieces = (solve_rows(lower, piece.detach().to(mean) - mean) for piece in reference.split(4096))
+        rows = reference.sample if isinstance(reference, Moments) else reference
+        pieces = (solve_rows(lower, piece.detach().to(mean) - mean) for piece in rows.split(4096))
         radii = torch.cat([torch.linalg.vector_norm(piece, dim=-1) for piece in pieces]).numpy()
         inner = torch.tensor(float(np.quantile(radii, quantile)))
         return cls(shape.loc, shape.scale_tril, inner, torch.tensor(float(scale)))

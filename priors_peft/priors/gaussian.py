@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Prior, check_reference
+from .moments import Moments
 
 
 class GaussianPrior(Prior):
@@ -31,22 +32,31 @@ class GaussianPrior(Prior):
 
     @classmethod
     def fit(
-        cls, reference: Tensor, *, loc: float | None = None, scale: float | None = None, diagonal: bool = False
+        cls,
+        reference: Tensor | Moments,
+        *,
+        loc: float | None = None,
+        scale: float | None = None,
+        diagonal: bool = False,
     ) -> Self:
         """Fit mean and standard deviation to a reference.
 
         Args:
-            reference: Shape `[n, d]`; with `loc` and `scale` fixed only its width is used.
+            reference: Shape `[n, d]`, or `Moments`; with `loc` and `scale` fixed only its width is used.
             loc: Fixed mean for every coordinate; fitted if None.
             scale: Fixed standard deviation; fitted if None. The embedding-priors paper uses `loc=0, scale=0.02`.
             diagonal: One fitted standard deviation a coordinate rather than one for all.
         """
-        reference = check_reference(reference)
         if scale is not None and scale <= 0:
             raise ValueError(f"scale must be > 0, got {scale}")
-        mean = reference.mean(0) if loc is None else torch.full_like(reference[0], loc)
+        if isinstance(reference, Moments):
+            centre, variance = reference.mean, reference.covariance.diagonal()
+        else:
+            reference = check_reference(reference)
+            centre, variance = reference.mean(0), reference.var(0, correction=0)
+        mean = centre if loc is None else torch.full_like(centre, loc)
         # About a fixed mean too, without a second copy of the reference.
-        variance = reference.var(0, correction=0) + (reference.mean(0) - mean).square()
+        variance = variance + (centre - mean).square()
         if not diagonal:
             variance = variance.mean().expand_as(mean)
         deviation = variance.sqrt() if scale is None else torch.full_like(mean, scale)

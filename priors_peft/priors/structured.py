@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Prior, check_reference
+from .moments import Moments
 
 
 Shrinkage = float | Literal["ledoit_wolf", "oas"]
@@ -36,7 +37,7 @@ class StructuredPrior(Prior):
     @classmethod
     def fit(
         cls,
-        reference: Tensor,
+        reference: Tensor | Moments,
         *,
         structure: Literal["full", "low_rank", "block", "mixture"] = "full",
         **settings: Any,
@@ -69,7 +70,7 @@ class StructuredPrior(Prior):
         return fits[structure](reference, **settings)
 
     @classmethod
-    def _fit_full(cls, reference: Tensor, *, shrinkage: Shrinkage = "ledoit_wolf") -> "StructuredPrior":
+    def _fit_full(cls, reference: Tensor | Moments, *, shrinkage: Shrinkage = "ledoit_wolf") -> "StructuredPrior":
         mean, covariance = fit_moments(reference, shrinkage)
         return cls(mean.float(), torch.linalg.cholesky(covariance).float())
 
@@ -78,31 +79,52 @@ class StructuredPrior(Prior):
         return torch.distributions.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
 
 
-def fit_moments(reference: Tensor, shrinkage: Shrinkage = "ledoit_wolf") -> tuple[Tensor, Tensor]:
+def fit_moments(reference: Tensor | Moments, shrinkage: Shrinkage = "ledoit_wolf") -> tuple[Tensor, Tensor]:
     """Mean and covariance (1 − s) S + s (tr S / d) I in float64, with S the empirical covariance.
 
     Args:
-        reference: Shape `[n, d]`.
+        reference: Shape `[n, d]`, or streamed `Moments`.
         shrinkage: s in (0, 1], or how to choose it: Ledoit & Wolf (2004), or the oracle approximating shrinkage of
-            Chen et al. (2010), both from scikit-learn.
+            Chen et al. (2010).
     """
-    from sklearn.covariance import ledoit_wolf, oas
-
-    centred = check_reference(reference)
-    mean = centred.mean(0)
-    # Under the same name, so that of the wide float64 copies only one is held.
-    centred = centred - mean
-    rows = centred.numpy()
-    if shrinkage == "ledoit_wolf" or shrinkage == "oas":
-        covariance = {"ledoit_wolf": ledoit_wolf, "oas": oas}[shrinkage](rows, assume_centered=True)[0]
-        covariance = torch.from_numpy(covariance)
-    elif isinstance(shrinkage, (int, float)) and 0 < shrinkage <= 1:
-        empirical = torch.from_numpy(rows.T @ rows / len(rows))
-        target = empirical.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
-        covariance = (1 - shrinkage) * empirical + shrinkage * target
-    else:
+    if shrinkage not in ("ledoit_wolf", "oas") and not (isinstance(shrinkage, (int, float)) and 0 < shrinkage <= 1):
         raise ValueError(f'shrinkage must be "ledoit_wolf", "oas" or a number in (0, 1], got {shrinkage!r}')
+    if isinstance(reference, Moments):
+        mean, covariance = reference.mean, reference.covariance
+        chosen = _streamed_shrinkage(reference, shrinkage)
+    else:
+        from sklearn.covariance import empirical_covariance, ledoit_wolf_shrinkage, oas
+
+        centred = check_reference(reference)
+        mean = centred.mean(0)
+        # Under the same name, so that of the wide float64 copies only one is held.
+        centred = centred - mean
+        rows = centred.numpy()
+        covariance = torch.from_numpy(empirical_covariance(rows, assume_centered=True))
+        if shrinkage == "ledoit_wolf":
+            chosen = float(ledoit_wolf_shrinkage(rows, assume_centered=True))
+        else:
+            chosen = float(oas(rows, assume_centered=True)[1]) if shrinkage == "oas" else float(shrinkage)
+    target = covariance.diagonal().mean()
+    covariance = (1 - chosen) * covariance
     # With very many rows the chosen shrinkage goes to 0 and directions that the reference lacks would be lost.
-    floor = 1e-6 * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    covariance.diagonal().add_(floor)
+    floor = 1e-6 * target.clamp_min(torch.finfo(torch.float32).tiny)
+    covariance.diagonal().add_(chosen * target + floor)
     return mean, covariance
+
+
+def _streamed_shrinkage(moments: Moments, shrinkage: Shrinkage) -> float:
+    """scikit-learn's two formulas, which need rows there, from what a stream leaves."""
+    if isinstance(shrinkage, (int, float)):
+        return float(shrinkage)
+    covariance, count = moments.covariance, moments.count
+    dim = len(covariance)
+    mean_variance = covariance.diagonal().mean()
+    squares = covariance.square().sum()
+    if shrinkage == "oas":
+        above = squares / dim**2 + mean_variance**2
+        below = (count + 1) * (squares / dim**2 - mean_variance**2 / dim)
+        return float((above / below).clamp(max=1)) if below > 0 else 1.0
+    spread = (squares - dim * mean_variance**2) / dim
+    error = ((moments.fourth - squares) / (dim * count)).clamp(max=spread)
+    return float(error / spread) if error > 0 else 0.0

@@ -1,0 +1,143 @@
+"""A new prompt: the priors that a configuration asks for, fitted on this model, and a start drawn from them."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from .config import PriorConfig
+from .priors import DistributionPrior, Prior, prior_class
+from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
+from .prompt import PriorPromptEncoder
+
+
+def new_encoder(
+    model: Any, config: PriorConfig, layers: list[int], tokenizer: Any | None
+) -> tuple[PriorPromptEncoder, list[Provenance]]:
+    """An untrained prompt encoder, and where its priors' references came from.
+
+    Args:
+        model: The frozen base model.
+        config: What is asked for.
+        layers: The selected layers.
+        tokenizer: The base model's tokenizer; references and descriptions made of text need it.
+
+    Raises:
+        ValueError: A setting is not one of the family's, or lacks what it needs.
+    """
+    if isinstance(config.prior, (Prior, Distribution)):
+        priors: list[Prior] = [own_prior(config.prior) for _ in layers]
+        provenance: list[Provenance] = []
+    else:
+        references, provenance = _references(model, config, layers, tokenizer)
+        family = prior_class(config.prior)
+        settings = [dict(config.prior_kwargs) for _ in layers]
+        if config.prior == "text":
+            settings = _described(model, config, layers, tokenizer)
+        _check_settings(config.prior, family, settings[0])
+        priors = [family.fit(reference, **own) for reference, own in zip(references, settings, strict=True)]
+    for prior in priors:
+        if prior.dim != config.token_dim:
+            raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
+    generator = torch.Generator().manual_seed(config.seed)
+    prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
+    return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
+
+
+def own_prior(prior: Prior | Distribution) -> Prior:
+    """A copy of a user's prior; a torch distribution of one virtual token becomes one."""
+    if isinstance(prior, Distribution):
+        return DistributionPrior(prior)
+    return copy.deepcopy(prior)
+
+
+def texts_of(data: Any) -> list[str]:
+    """Texts of a list of strings, or of rows with `text`, or with `prompt` and `completion`."""
+    rows = list(data)
+    if rows and isinstance(rows[0], str):
+        return rows
+    if rows and isinstance(rows[0], dict) and "text" in rows[0]:
+        return [row["text"] for row in rows]
+    if rows and isinstance(rows[0], dict) and {"prompt", "completion"} <= rows[0].keys():
+        return [row["prompt"] + row["completion"] for row in rows]
+    got = f"rows with {sorted(rows[0])}" if rows and isinstance(rows[0], dict) else f"{len(rows)} rows"
+    raise ValueError(f"data must be strings, or rows with text or with prompt and completion, got {got}")
+
+
+def _references(
+    model: Any, config: PriorConfig, layers: list[int], tokenizer: Any | None
+) -> tuple[Any, list[Provenance]]:
+    """One reference for each layer: rows, moments, two of them, or trained prompts, as the family takes them."""
+    reference, settings = config.reference, dict(config.reference_kwargs)
+    if isinstance(reference, Tensor):
+        return [reference] * len(layers), [Provenance.of("tensor", layer, reference) for layer in layers]
+    if isinstance(reference, (tuple, list)):
+        return [tuple(reference)] * len(layers), [
+            Provenance.of("tensor", layer, part) for part in reference for layer in layers
+        ]
+    if reference == "adapters":
+        return _trained(settings, layers, config)
+    if reference == "activations":
+        if tokenizer is None or not settings.get("data"):
+            raise ValueError(
+                'reference="activations" needs a tokenizer and reference_kwargs={"data": texts or rows}, two of them '
+                f"for an interpolation; got {'no tokenizer' if tokenizer is None else sorted(settings)}"
+            )
+        data = settings.pop("data")
+        corpora = [texts_of(part) for part in data] if config.prior == "interpolation" else [texts_of(data)]
+        found, provenance = activation_references(model, layers, tokenizer, corpora, **settings)
+        return found[0] if len(found) == 1 else list(zip(*found, strict=True)), provenance
+    if config.prior == "interpolation":
+        raise ValueError(
+            'prior="interpolation" needs two references: reference=(a, b), or reference="activations" with '
+            f'reference_kwargs={{"data": [a, b]}}, got reference={reference!r}'
+        )
+    texts = texts_of(settings["data"]) if "data" in settings else None
+    return vocabulary_reference(model, layers, tokenizer, texts, config.seed)
+
+
+def _trained(settings: dict[str, Any], layers: list[int], config: PriorConfig) -> tuple[Any, list[Provenance]]:
+    from .hub.adapter import read_adapter
+
+    adapters = settings.get("adapters")
+    if not adapters or isinstance(adapters, str):
+        raise ValueError(
+            f'reference="adapters" needs reference_kwargs={{"adapters": [folders or ids]}}, got {settings}'
+        )
+    prompts = [read_adapter(adapter).prompt for adapter in adapters]
+    wanted = (len(layers), config.num_virtual_tokens, config.token_dim)
+    for adapter, prompt in zip(adapters, prompts, strict=True):
+        if tuple(prompt.shape) != wanted:
+            raise ValueError(f"adapters must hold prompts of shape {wanted}, got {tuple(prompt.shape)} in {adapter}")
+    stacked = torch.stack(prompts, dim=1)
+    provenance = [Provenance.of("adapters", layer, part) for layer, part in zip(layers, stacked, strict=True)]
+    # Families of single vectors take all virtual tokens of all prompts; the empirical one takes prompts.
+    return stacked if config.prior == "empirical" else stacked.flatten(1, 2), provenance
+
+
+def _described(model: Any, config: PriorConfig, layers: list[int], tokenizer: Any | None) -> list[dict[str, Any]]:
+    """Settings of the text prior for each layer: the description's own states there."""
+    settings = dict(config.prior_kwargs)
+    text = settings.pop("text", None)
+    if not isinstance(text, str) or not text.strip() or tokenizer is None:
+        got = "no tokenizer" if tokenizer is None else repr(text)
+        raise ValueError(f'prior="text" needs a tokenizer and prior_kwargs={{"text": a description}}, got {got}')
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    # Trimmed or repeated to P before it is fed, so that a deep prompt of spread 0 is that text to the model.
+    count = config.num_virtual_tokens
+    ids = ids[torch.arange(count) % len(ids)]
+    states = text_states(model, layers, ids)
+    return [settings | {"token_embeddings": one.cpu(), "num_virtual_tokens": count} for one in states]
+
+
+def _check_settings(name: str, family: type[Prior], settings: dict[str, Any]) -> None:
+    parameters = inspect.signature(family.fit).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # the family checks them itself
+    known = [key for key in parameters if key != "reference"]
+    unknown = sorted(settings.keys() - set(known))
+    if unknown:
+        raise ValueError(f"prior_kwargs of prior={name!r} must be among {', '.join(known)}, got {', '.join(unknown)}")
