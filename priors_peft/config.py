@@ -27,7 +27,8 @@ class PriorConfig(PromptLearningConfig):
             numbers count from the last. `"all"` (the default for deep) or a list that contains 0.
         coordinates: `"whitened"` optimises z in θ = µ + A z, `"plain"` optimises θ.
         prior_weight: Weight of log p(θ) in the objective: 1 is the exact MAP estimate, 0 uses the prior for
-            initialization only, anything else is a tempered posterior.
+            initialization only, anything else is a tempered posterior. `"auto"`: `PriorTrainer` chooses it by
+            held-out likelihood.
         inference: How the posterior is found. `"map"`: its mode.
         seed: Seed of the initial prompt, so that every process draws the same one.
 
@@ -50,8 +51,9 @@ class PriorConfig(PromptLearningConfig):
     coordinates: Literal["whitened", "plain"] = field(
         default="whitened", metadata={"help": "whitened optimises z in θ = µ + A z, plain optimises θ"}
     )
-    prior_weight: float = field(
-        default=1.0, metadata={"help": "Weight of log p(θ): 1 MAP, 0 initialization only, else a tempered posterior"}
+    prior_weight: float | Literal["auto"] = field(
+        default=1.0,
+        metadata={"help": "Weight of log p(θ): 1 MAP, 0 initialization only, else a tempered posterior; or auto"},
     )
     inference: Literal["map"] = field(default="map", metadata={"help": "How the posterior is found"})
     seed: int = field(default=0, metadata={"help": "Seed of the initial prompt"})
@@ -67,8 +69,10 @@ class PriorConfig(PromptLearningConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not self.prior_weight >= 0:
-            raise ValueError(f"prior_weight must be >= 0, got {self.prior_weight!r}")
+        if self.prior_weight != "auto" and not (
+            isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
+        ):
+            raise ValueError(f'prior_weight must be a number >= 0 or "auto", got {self.prior_weight!r}')
         if isinstance(self.prior, str):
             from .priors import prior_class
 

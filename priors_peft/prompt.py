@@ -42,6 +42,11 @@ class PriorPromptEncoder(BasePromptEncoder):
             return self.coordinate.clone()
         return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, self.coordinate, strict=True)])
 
+    @property
+    def has_density(self) -> bool:
+        """Whether log p(θ) exists: not for a text prior of spread 0, which is a point."""
+        return not any(getattr(prior, "is_point", False) for prior in self.priors)
+
     def log_prob(self, prompt: Tensor) -> Tensor:
         """log p(θ) of a prompt `[S, P, d]` summed over layers and virtual tokens, in nats."""
         return torch.stack([prior.log_prob(theta) for prior, theta in zip(self.priors, prompt, strict=True)]).sum()

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from .analysis.geometry import effective_rank, mean_pairwise_cosine
 from .data import IGNORED, count_supervised_tokens, pad_left, prompts_of, tokenize
 from .files import check_writable
+from .inference.map import choose_weight, weight_factor
 from .model import PriorPeftModel
 
 
@@ -39,6 +40,7 @@ class PriorTrainingArguments(TrainingArguments):
         learning_rate: 0.3 in whitened coordinates if None; in plain ones 0.3 prior standard deviations.
         max_length: Most tokens of a row, virtual tokens not counted; the model's context less the prompt if None.
         max_new_tokens: Most tokens generated for an answer in evaluation.
+        prior_weight_schedule: How `prior_weight` changes in training, see `inference.map.weight_factor`.
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -50,6 +52,16 @@ class PriorTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row, without virtual tokens"})
     max_new_tokens: int = field(default=32, metadata={"help": "Most tokens generated for an answer in evaluation"})
+    prior_weight_schedule: str = field(
+        default="constant", metadata={"help": "How prior_weight changes: constant, linear, cosine or cyclical"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weight_factor(self.prior_weight_schedule, 0.0)
+        # Pinned memory is for copies to an accelerator; without one torch only warns.
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
 
 
 class PriorCallback(TrainerCallback):
@@ -75,9 +87,9 @@ class PriorCallback(TrainerCallback):
         model = getattr(model, "module", model)
         encoder = model.prompt_encoder[model.active_adapter]
         prompt = encoder()
-        figures = {
-            "prior/log_prob": encoder.log_prob(prompt).item(),
-            "prior/weight": model.active_peft_config.prior_weight,
+        figures = {"prior/log_prob": encoder.log_prob(prompt).item()} if encoder.has_density else {}
+        figures |= {
+            "prior/weight": weight_at(model.active_peft_config.prior_weight, args, state),
             "prior/effective_rank": effective_rank(prompt).mean().item(),
             "prior/mean_pairwise_cosine": mean_pairwise_cosine(prompt).mean().item(),
             "prior/drift": encoder.drift(prompt).item(),
@@ -165,6 +177,7 @@ class PriorTrainer(Trainer):
         # First, so that what reports (TensorBoard and the like) sees the figures.
         self.callback_handler.callbacks.insert(0, PriorCallback())
         self._nll: Tensor | float = 0.0
+        self._step_nll = torch.zeros(())
         self._logged_step: int | None = None
 
     @staticmethod
@@ -191,6 +204,9 @@ class PriorTrainer(Trainer):
         Raises:
             FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
         """
+        config = self.model.active_peft_config
+        if config.prior_weight == "auto":
+            config.prior_weight = choose_weight(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -213,8 +229,9 @@ class PriorTrainer(Trainer):
             if self._logged_step is None:
                 self._logged_step = self.state.global_step
             # Losses of micro-batches are shares of the whole batch's mean and add up, over processes too.
-            self._nll = self._nll + loss.detach()
-            weight = self.model.active_peft_config.prior_weight
+            self._step_nll = loss.detach()
+            self._nll = self._nll + self._step_nll
+            weight = weight_at(self.model.active_peft_config.prior_weight, self.args, self.state)
             if weight and self.num_supervised_tokens:
                 share = weight / self.num_supervised_tokens / self.current_gradient_accumulation_steps
                 loss = loss - share * outputs.log_prior
@@ -222,11 +239,12 @@ class PriorTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        # The likelihood alone: inside an exclusion prior's region −log p(θ) is infinite, and its gradient leads out.
+        if not torch.isfinite(self._step_nll):
             checkpoint = last_checkpoint(self.args.output_dir)
             kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
             raise FloatingPointError(
-                f"the loss became {loss.item()} after step {self.state.global_step}; training was stopped before the "
+                f"the loss became {self._step_nll.item()} after step {self.state.global_step}; training was stopped before the "
                 f"prompt was changed by it, and {kept}. Lower learning_rate ({self.args.learning_rate}) and resume"
             )
         return loss
@@ -292,6 +310,12 @@ class PriorTrainer(Trainer):
             pad_token_id=self.processing_class.pad_token_id,
         )
         return generated[:, ids.shape[1] :]
+
+
+def weight_at(prior_weight: float, args: TrainingArguments, state: TrainerState) -> float:
+    """`prior_weight` at the present step, by the schedule of `PriorTrainingArguments`."""
+    progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
+    return prior_weight * weight_factor(getattr(args, "prior_weight_schedule", "constant"), progress)
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -274,7 +274,7 @@ def test_num_items_in_batch_divides_the_sum():
         ({"num_virtual_tokens": 128}, "num_virtual_tokens must leave room for text in the model's context of 128"),
         ({"tuning": "wide"}, "tuning must be one of soft, deep, got 'wide'"),
         ({"prior": "gausian"}, "prior must be one of .*gaussian.*got 'gausian'"),
-        ({"prior_weight": -1.0}, "prior_weight must be >= 0, got -1.0"),
+        ({"prior_weight": -1.0}, 'prior_weight must be a number >= 0 or "auto", got -1.0'),
         ({"layers": [0, 1]}, 'layers must be None or \\[0\\] for tuning="soft"'),
         ({"tuning": "deep", "layers": [1]}, "layers must contain 0"),
         ({"tuning": "deep", "layers": [0, 9]}, "layers must be in \\[-3, 3\\) for this model, got \\[9\\]"),

@@ -55,13 +55,22 @@ class PromptArguments:
     prior_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Settings of the prior\'s fit as JSON: {"loc": 0, "scale": 0.02}'}
     )
-    reference: str = field(default="vocabulary", metadata={"help": "What the prior is fitted on"})
+    reference: str = field(default="vocabulary", metadata={"help": "vocabulary, activations or adapters"})
+    reference_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Its settings as JSON: {"tasks": ["math"]}, {"adapters": [...]}'}
+    )
     layers: str | None = field(default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"})
     coordinates: str = field(default="whitened", metadata={"help": "whitened or plain"})
-    prior_weight: float = field(default=1.0, metadata={"help": "1 MAP, 0 prior for initialization only"})
+    prior_weight: str = field(default="1", metadata={"help": "1 MAP, 0 prior for initialization only; or auto"})
 
     def __post_init__(self) -> None:
         self.prior_kwargs = parse_object("prior_kwargs", self.prior_kwargs)
+        self.reference_kwargs = parse_object("reference_kwargs", self.reference_kwargs)
+        if self.prior_weight != "auto":
+            try:
+                self.prior_weight = float(self.prior_weight)  # type: ignore[assignment]
+            except ValueError:
+                raise ValueError(f"prior_weight must be a number >= 0 or auto, got {self.prior_weight!r}") from None
         if isinstance(self.layers, str) and self.layers != "all":
             try:
                 self.layers = [int(layer) for layer in self.layers.split(",")]  # type: ignore[assignment]

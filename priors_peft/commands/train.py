@@ -44,7 +44,8 @@ def train(
     base, tokenizer = base_model_from(model_arguments)
 
     # ---- Prompt -------------------------------------------------------------------------
-    config = PriorConfig(task_type="CAUSAL_LM", seed=args.seed, **vars(prompt_arguments))
+    settings = vars(prompt_arguments) | {"reference_kwargs": reference_data(prompt_arguments, task)}
+    config = PriorConfig(task_type="CAUSAL_LM", seed=args.seed, **settings)
     model = get_prior_model(base, config, tokenizer=tokenizer)
     model.print_trainable_parameters()
 
@@ -92,6 +93,18 @@ def task_from(arguments: TaskArguments) -> Task:
         if getattr(arguments, key) is not None:
             settings[key] = getattr(arguments, key)
     return load_task(name, seed=arguments.split_seed, **settings)
+
+
+def reference_data(arguments: PromptArguments, task: Task) -> dict[str, Any]:
+    """`reference_kwargs` with tasks by name turned into their training rows; activations are the task's own if none."""
+    settings: dict[str, Any] = dict(arguments.reference_kwargs or {})  # type: ignore[arg-type]
+    names = settings.pop("tasks", None)
+    if names is not None:
+        rows = [load_task(name).train for name in names]
+        settings["data"] = rows if arguments.prior == "interpolation" else rows[0]
+    elif arguments.reference == "activations" and arguments.prior != "interpolation":
+        settings.setdefault("data", task.train)
+    return settings
 
 
 def base_model_from(arguments: ModelArguments) -> tuple[Any, Any]:

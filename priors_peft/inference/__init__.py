@@ -1,0 +1,1 @@
+"""How the posterior is found, one module an algorithm."""
