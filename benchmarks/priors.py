@@ -1,6 +1,10 @@
 """What priors cost: seconds and memory of fitting and sampling, milliseconds of the prior term of a training step.
 
     python benchmarks/priors.py --dims 576 2048 4096
+    python benchmarks/priors.py --share
+
+The second line says what share of a training step the prior takes: θ = µ + A z, log p(θ) and both gradients, beside a
+whole step of a Llama of that width (random weights; at 4096 of two layers only, so that real models' shares are less).
 
 Each row runs in a process of its own. Memory is the process's peak less what it held once the reference was made.
 """
@@ -94,13 +98,69 @@ def measure(name: str, dim: int, rows: int) -> dict[str, float]:
     }
 
 
+# Width, intermediate size, layers, heads, vocabulary, and rows of 64 tokens.
+SHAPES = {576: (1536, 30, 9, 49152, 8), 4096: (11008, 2, 32, 32000, 8)}
+
+
+def share(dim: int) -> tuple[float, float]:
+    """Milliseconds of the prior's part and of a whole training step under the structured prior, medians of 7."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from priors_peft import PriorConfig, get_prior_model
+    from priors_peft.priors import StructuredPrior
+
+    intermediate, layers, heads, vocabulary, rows = SHAPES[dim]
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=dim,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            vocab_size=vocabulary,
+        )
+    )
+    prior = StructuredPrior.fit(correlated_rows(2 * dim, dim))
+    model = get_prior_model(base, PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS, prior=prior)).train()
+    encoder = model.prompt_encoder["default"]
+    ids = torch.randint(vocabulary, (rows, 64), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :-4] = -100
+
+    def prior_part() -> None:
+        prompt = encoder()
+        (prompt.sum() - encoder.log_prob(prompt)).backward()
+
+    def step() -> None:
+        outputs = model(input_ids=ids, labels=labels)
+        (outputs.loss - 1e-4 * outputs.log_prior).backward()
+
+    medians = []
+    for part in (prior_part, step):
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            part()
+            times.append(time.perf_counter() - start)
+        medians.append(1000 * sorted(times[2:])[3])
+    return medians[0], medians[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--share", action="store_true", help="the prior's share of a training step instead")
     arguments = parser.parse_args()
+    if arguments.share:
+        print(f"P = {VIRTUAL_TOKENS}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+        print("| d | prior, ms | training step, ms | share |\n|--:|--:|--:|--:|")
+        for dim in SHAPES:
+            part, whole = share(dim)
+            print(f"| {dim} | {part:.2f} | {whole:.0f} | {part / whole:.2%} |", flush=True)
+        return
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.dims[0], arguments.rows)))
         return

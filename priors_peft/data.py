@@ -1,6 +1,6 @@
 """From prompt-completion rows to token ids whose labels cover the completion only."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -76,9 +76,8 @@ def prompts_of(
     return prompts
 
 
-def pad_left(rows: list[list[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, L]` padded on the left, as generation needs them, and their attention mask."""
-    length = max(1, *map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def pad(rows: list[list[int]], value: int, side: Literal["left", "right"]) -> Tensor:
+    """Rows of different lengths as one tensor `[B, L]`, `value` filling the given side."""
+    length = max(1, *map(len, rows)) if rows else 1
+    fills = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([fill + row if side == "left" else row + fill for fill, row in zip(fills, rows, strict=True)])

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq, EvalPrediction
+from transformers import EvalPrediction
 
-from .data import IGNORED, prompts_of, tokenize
+from .data import IGNORED, pad, prompts_of, tokenize
 
 
 Metrics = Callable[[list[str], list[str]], dict[str, float]]
@@ -48,7 +48,6 @@ def answer(
     """
     model.eval()
     device = next(model.parameters()).device
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     rows = list(tokenize(dataset, tokenizer))
     # Prompts of one length together: their batches need no padding before the answer, which stock PEFT's positions
     # do not allow for, and their answers start at one position, so the head computes nothing before it.
@@ -62,16 +61,26 @@ def answer(
         for length, group in sorted(groups.items()):
             for start in range(0, len(group), batch_size):
                 chunk = group[start : start + batch_size]
-                batch = collate([dict(rows[index]) for index in chunk]).to(device)
-                labels = batch.pop("labels")[:, length:]
-                logits = model(**batch, logits_to_keep=labels.shape[1] + 1).logits[:, -labels.shape[1] - 1 : -1]
+                # On the right whatever the tokenizer's side, so that answers start at one position.
+                ids, mask, labels = (
+                    pad([rows[index][name] for index in chunk], fill, "right").to(device)
+                    for name, fill in (
+                        ("input_ids", tokenizer.pad_token_id),
+                        ("attention_mask", 0),
+                        ("labels", IGNORED),
+                    )
+                )
+                labels = labels[:, length:]
+                logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=labels.shape[1] + 1).logits[
+                    :, -labels.shape[1] - 1 : -1
+                ]
                 nll = nn.functional.cross_entropy(
                     logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
                 )
                 total, tokens = total + nll.item(), tokens + int((labels != IGNORED).sum())
                 generated = model.generate(
-                    input_ids=batch["input_ids"][:, :length],
-                    attention_mask=batch["attention_mask"][:, :length],
+                    input_ids=ids[:, :length],
+                    attention_mask=mask[:, :length],
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,

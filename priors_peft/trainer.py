@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .analysis.geometry import effective_rank, mean_pairwise_cosine
-from .data import IGNORED, count_supervised_tokens, pad_left, prompts_of, tokenize
+from .data import IGNORED, count_supervised_tokens, pad, prompts_of, tokenize
 from .files import check_writable
 from .inference.map import choose_weight, weight_factor
 from .model import PriorPeftModel
@@ -301,7 +301,8 @@ class PriorTrainer(Trainer):
     def _answers(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         rows = prompts_of(inputs["input_ids"].tolist(), mask.tolist(), inputs["labels"].tolist())
-        ids, mask = pad_left(rows, self.processing_class.pad_token_id, self.args.device)
+        ids = pad(rows, self.processing_class.pad_token_id, "left").to(self.args.device)
+        mask = pad([[1] * len(row) for row in rows], 0, "left").to(self.args.device)
         generated = self.accelerator.unwrap_model(model).generate(
             input_ids=ids,
             attention_mask=mask,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data import pad
 from ..files import atomic_path, cache_dir
 from .moments import Moments
 
@@ -266,9 +267,7 @@ def _enough(rows: list[list[int]], num_tokens: int) -> int:
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return pad(rows, 0, "right"), pad([[1] * len(row) for row in rows], 0, "right")
 
 
 def _digest(value: Any) -> str:
