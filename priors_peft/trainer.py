@@ -50,6 +50,9 @@ class PriorTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Buffers are the prior's, and equal on all processes from the start"}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "The one trainable parameter is used in every step"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row, without virtual tokens"})
     max_new_tokens: int = field(default=32, metadata={"help": "Most tokens generated for an answer in evaluation"})
     prior_weight_schedule: str = field(

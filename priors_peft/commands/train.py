@@ -73,6 +73,9 @@ def train(
     trainer.save_metrics("eval", metrics, combined=False)
     if args.push_to_hub:
         trainer.push_to_hub()
+    # Processes that exit one after another tear down each other's connections: some then abort, some hang.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return metrics
 
 

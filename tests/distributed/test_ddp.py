@@ -37,6 +37,8 @@ def train(folder: str) -> None:
         save_file(state, Path(folder) / "state.safetensors")
     else:
         trainer.evaluate()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 @pytest.mark.slow
@@ -52,7 +54,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     states = {}
     for processes, command in commands.items():
         folder = tmp_path / str(processes)
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment)
+        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         states[processes] = load_file(folder / "state.safetensors")
     one, two = states[1], states[2]
