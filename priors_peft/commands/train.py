@@ -1,9 +1,11 @@
 """`priors-peft train`, the same as `recipes/train.py`: base model, task, prompt, training, evaluation, saving."""
 
+import gc
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..config import PriorConfig
@@ -29,6 +31,11 @@ def main(arguments: list[str]) -> None:
     """Train one prompt; the adapter is at the root of `output_dir`."""
     dataclasses = (ModelArguments, TaskArguments, PromptArguments, TrainingArguments)
     train(*parse(dataclasses, arguments, "priors-peft train"))
+    # Processes that exit one after another, or that free a model after its process group, now and then abort or hang
+    # under gloo: free it first, then end together.
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def train(
@@ -73,9 +80,6 @@ def train(
     trainer.save_metrics("eval", metrics, combined=False)
     if args.push_to_hub:
         trainer.push_to_hub()
-    # Processes that exit one after another tear down each other's connections: some then abort, some hang.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
     return metrics
 
 

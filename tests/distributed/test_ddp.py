@@ -1,5 +1,6 @@
 """Two processes take the step that one takes, prior term included, and save once."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from test_trainer import Gradients, make_trainer
 
@@ -37,13 +39,19 @@ def train(folder: str) -> None:
         save_file(state, Path(folder) / "state.safetensors")
     else:
         trainer.evaluate()
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+
+
+def main(folder: str) -> None:
+    """As `priors-peft train` does: free the model before its process group, then end together."""
+    train(folder)
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
-    code = "import sys; from test_ddp import train; train(sys.argv[1])"
+    code = "import sys; from test_ddp import main; main(sys.argv[1])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "distributed")])}
     script = tmp_path / "run.py"
     script.write_text(code)
