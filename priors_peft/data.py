@@ -14,8 +14,8 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
     """Tokenize TRL's prompt-completion form.
 
     Prompt and completion are tokenized apart, so that generation sees exactly the prompt that training saw, and the
-    completion ends with the end-of-sequence token. A row that is too long loses the start of its prompt, never its
-    answer, unless the completion alone is too long.
+    completion ends with the end-of-sequence token. An empty prompt becomes the token that starts a text. A row that is
+    too long loses the start of its prompt, never its answer, unless the completion alone is too long.
 
     Args:
         dataset: Rows with string columns `prompt` and `completion`, or with `input_ids` and `labels`, which are left
@@ -37,6 +37,7 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
     if not {"prompt", "completion"} <= set(columns):
         raise ValueError(f"dataset must have the columns prompt and completion, got {columns}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
     def encode(rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
         prompts = tokenizer(rows["prompt"])["input_ids"]
@@ -47,6 +48,7 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
                 raise ValueError(
                     f"completion must not be empty, got {rows['completion'][index - indices[0]]!r} in row {index}"
                 )
+            prompt = prompt or start
             completion = completion + [token for token in end if completion[-1] != token]
             if max_length is not None:
                 completion = completion[:max_length]

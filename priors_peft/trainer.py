@@ -157,7 +157,7 @@ class PriorTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
         context = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
         length = args.max_length or (context and context - config.num_virtual_tokens)
-        encode = partial(tokenize, tokenizer=processing_class, max_length=length)
+        self._encode = encode = partial(tokenize, tokenizer=processing_class, max_length=length)
         train_dataset = None if train_dataset is None else encode(train_dataset)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: encode(part) for name, part in eval_dataset.items()}
@@ -267,6 +267,15 @@ class PriorTrainer(Trainer):
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer`'s, for rows with `prompt` and `completion` too."""
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(eval_dataset if named else self._encode(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `Trainer`'s, for rows with `prompt` and `completion` too."""
+        return super().get_test_dataloader(self._encode(test_dataset))
 
     def evaluation_loop(
         self,

@@ -138,7 +138,8 @@ def test_evaluation_is_exact_and_generates(tmp_path):
     by_hand = answer(trainer.model, tokenizer, addition_rows(6, start=400), max_new_tokens=3, batch_size=1)
     assert figures["eval_loss"] == pytest.approx(by_hand.nll, rel=1e-5)
     assert figures["eval_exact_match"] == exact_match(by_hand.predictions, by_hand.references)
-    generated = trainer.predict(trainer.eval_dataset).predictions
+    assert trainer.evaluate(addition_rows(6, start=400))["eval_loss"] == figures["eval_loss"]
+    generated = trainer.predict(addition_rows(6, start=400)).predictions
     assert tokenizer.batch_decode(generated.clip(0), skip_special_tokens=True) == by_hand.predictions
 
 
@@ -270,6 +271,10 @@ def test_labels_cover_the_completion_and_its_end_only():
     row = tokenize([{"prompt": "what is 3 plus 4 ?", "completion": " 7"}], tokenizer)[0]
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == [*"what is 3 plus 4 ? 7".split(), "</s>"]
     assert row["labels"] == [IGNORED] * 6 + row["input_ids"][6:]
+    alone = tokenize([{"prompt": "", "completion": " 7"}], tokenizer)[0]
+    assert (
+        tokenizer.convert_ids_to_tokens(alone["input_ids"]) == ["<s>", "7", "</s>"] and alone["labels"][0] == IGNORED
+    )
     short = tokenize([{"prompt": "what is 3 plus 4 ?", "completion": " 7"}], tokenizer, max_length=4)[0]
     assert tokenizer.convert_ids_to_tokens(short["input_ids"]) == ["4", "?", "7", "</s>"]
 
