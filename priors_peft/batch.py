@@ -19,16 +19,22 @@ class Text:
 
     @property
     def batch_size(self) -> int:
-        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
-        return len(given)  # type: ignore[arg-type]
+        return len(self._given)
+
+    @property
+    def length(self) -> int:
+        return self._given.shape[1]
+
+    @property
+    def _given(self) -> Tensor:
+        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds  # type: ignore[return-value]
 
     def after(self, count: int) -> "Text":
         """The same text after `count` virtual tokens: all rows see them, and positions go on from them."""
         positions, mask = self.position_ids, self.attention_mask
         if positions is None and mask is not None:
-            length = (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1]  # type: ignore[union-attr]
             # Padding on either side is skipped, so that a row gives what it gives alone.
-            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -self.length :]
         positions = None if positions is None else positions + count
         mask = None if mask is None else extended_mask(mask, count)
         return Text(self.input_ids, self.inputs_embeds, mask, positions)

@@ -120,7 +120,11 @@ class PriorConfig(PromptLearningConfig):
             if not isinstance(values[name], str):
                 values[name] = type(values[name]).__name__
         values["reference_kwargs"] = {
-            name: value if isinstance(value, (str, int, float)) else f"{len(value)} items"
+            name: value if isinstance(value, (str, int, float, type(None))) else _summary(value)
             for name, value in self.reference_kwargs.items()
         }
         return values | {"peft_type": self.peft_type.value}
+
+
+def _summary(value: Any) -> str:
+    return f"{len(value)} items" if hasattr(value, "__len__") else type(value).__name__

@@ -1,11 +1,14 @@
 """From prompt-completion rows to token ids whose labels cover the completion only."""
 
+import logging
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 
@@ -29,13 +32,10 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
     Raises:
         ValueError: A column is missing, or a completion has no tokens.
     """
-    if isinstance(dataset, list):
-        dataset = Dataset.from_list(dataset)
-    columns = dataset.column_names or []
+    dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
+    columns = _columns(dataset)
     if {"input_ids", "labels"} <= set(columns):
         return dataset
-    if not {"prompt", "completion"} <= set(columns):
-        raise ValueError(f"dataset must have the columns prompt and completion, got {columns}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
@@ -59,7 +59,26 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
         return encoded
 
     progress = {} if isinstance(dataset, IterableDataset) else {"desc": "Tokenizing"}
-    return dataset.map(encode, batched=True, with_indices=True, remove_columns=columns, **progress)
+    tokenized = dataset.map(encode, batched=True, with_indices=True, remove_columns=columns, **progress)
+    if isinstance(tokenized, Dataset):
+        full = sum(len(row) == max_length for row in tokenized["input_ids"])
+        if full:
+            logger.warning(
+                "%d of %d rows fill max_length=%d; a longer prompt loses its start", full, len(tokenized), max_length
+            )
+    return tokenized
+
+
+def _columns(dataset: Any) -> list[str]:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"dataset must be a datasets.Dataset or a list of rows, got {type(dataset).__name__}: "
+            "datasets.Dataset.from_list(list(dataset)) makes one"
+        )
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if not ({"input_ids", "labels"} <= set(columns) or {"prompt", "completion"} <= set(columns)):
+        raise ValueError(f"dataset must have the columns prompt and completion, got {columns}")
+    return columns
 
 
 def count_supervised_tokens(dataset: Dataset) -> int:

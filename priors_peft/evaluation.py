@@ -32,6 +32,11 @@ class Answers:
     references: list[str]
 
 
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 @torch.no_grad()
 def answer(
     model: Any, tokenizer: Any, dataset: Any, max_new_tokens: int, batch_size: int = 16, desc: str = "Answering"
@@ -48,7 +53,9 @@ def answer(
     """
     model.eval()
     device = next(model.parameters()).device
-    rows = list(tokenize(dataset, tokenizer))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    rows = list(tokenize(dataset, tokenizer, context and context - virtual - max_new_tokens))
     # Prompts of one length together: their batches need no padding before the answer, which stock PEFT's positions
     # do not allow for, and their answers start at one position, so the head computes nothing before it.
     groups: dict[int, list[int]] = defaultdict(list)

@@ -1,8 +1,10 @@
 """Files that are never half written: everything goes to a temporary name first and is renamed into place."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +60,8 @@ def check_writable(folder: str | os.PathLike, needed_bytes: int) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < needed_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * min(needed_bytes, 64 * 2**20))
             probe.flush()

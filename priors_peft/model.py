@@ -1,6 +1,8 @@
 """The tuned model: a prompt pass for the whole batch, a text pass, and the head on supervised positions only."""
 
+import copy
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,12 +99,14 @@ class PriorPeftModel(PeftModelForCausalLM):
         Soft and deep prompts may live side by side. `low_cpu_mem_usage` and `autocast_adapter_dtype` are PEFT's and
         change nothing here: a prompt is small and always float32.
         """
+        saved, self._saved = self._saved, None
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name must be new, got {adapter_name!r}, which this model already has")
         if not isinstance(peft_config, PriorConfig):
             raise TypeError(f"peft_config must be a PriorConfig, got {type(peft_config).__name__}")
+        # A copy, since what is filled in belongs to this base model and the caller may use the configuration again.
+        peft_config = copy.copy(peft_config)
         layers = self._prepare_config(peft_config)
-        saved, self._saved = self._saved, None
         if saved is None:
             encoder, provenance = new_encoder(self.base_model, peft_config, layers, self.tokenizer)
         else:
@@ -165,6 +169,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         config.num_transformer_submodules = 1
         config.task_type = config.task_type or "CAUSAL_LM"
         config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
+        config.revision = config.revision or getattr(self.base_model.config, "_commit_hash", None)
+        json.dumps(config.to_dict())  # what can't be saved is found out now and not after training
         return layers
 
     # Forward
@@ -210,6 +216,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
         encoder = self.prompt_encoder[self.active_adapter]
         prompt = encoder()
+        self._check_text(text, prompt.shape[1])
         supervision = None if labels is None else Supervision.of(labels, attention_mask)
         whole = return_logits if return_logits is not None else (labels is None or not self.training)
         keep = slice(-logits_to_keep if logits_to_keep else None, None)
@@ -309,9 +316,21 @@ class PriorPeftModel(PeftModelForCausalLM):
         )
 
     def _positions(self, position_ids: Tensor | None) -> dict[str, Tensor]:
-        # ALiBi models (BLOOM, MPT) take positions from the attention mask and have no such argument.
+        # BLOOM takes positions from the attention mask, MPT from the keys' order; neither has such an argument.
         accepted = "position_ids" in inspect.signature(self.base_model.forward).parameters
         return {"position_ids": position_ids} if accepted and position_ids is not None else {}
+
+    def _check_text(self, text: Text, num_virtual_tokens: int) -> None:
+        config = self.base_model.config.get_text_config()
+        context, length = getattr(config, "max_position_embeddings", None), text.length
+        if context is not None and num_virtual_tokens + length > context:
+            raise ValueError(
+                f"input_ids must leave room for the {num_virtual_tokens} virtual tokens in the model's context of "
+                f"{context} tokens, got {length}: shorten the text or the prompt"
+            )
+        mask = text.attention_mask
+        if config.model_type == "mpt" and mask is not None and not bool(mask[:, 0].all()):
+            raise ValueError("rows must be padded on the right for MPT, whose ALiBi counts padding, got left padding")
 
     @contextmanager
     def _deep_prompt(self, prompt: Tensor) -> Iterator[None]:
@@ -350,6 +369,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             inferable = embeddings is None and pad is not None and pad not in _as_list(config.eos_token_id)
             mask = text.ne(pad).long() if inferable else torch.ones(text.shape[:2], device=text.device).long()
         prompt = self.prompt_encoder[self.active_adapter]()
+        self._check_text(Text(input_ids, embeddings, mask, None), prompt.shape[1])
         kwargs["attention_mask"] = extended_mask(mask, prompt.shape[1])
         if self._concatenates():
             kwargs["inputs_embeds"] = self._prompted_embeddings(prompt, input_ids, embeddings)
@@ -415,7 +435,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         """
         from .hub.adapter import read_adapter
 
-        saved = read_adapter(model_id, config=config, is_trainable=is_trainable, **kwargs)
+        hub_arguments, _ = cls._split_kwargs(kwargs)
+        saved = read_adapter(model_id, config=config, is_trainable=is_trainable, **hub_arguments)
         saved.check_fits(model)
         tuned = cls(model, saved.config, adapter_name, saved=saved)
         return tuned if is_trainable else tuned.eval()
@@ -432,14 +453,15 @@ class PriorPeftModel(PeftModelForCausalLM):
         from .hub.adapter import read_adapter
 
         hub_arguments, _ = self._split_kwargs(kwargs)
-        saved = read_adapter(model_id, is_trainable=is_trainable, **hub_arguments)
+        present = self.peft_config.get(adapter_name)
+        saved = read_adapter(model_id, config=present, is_trainable=is_trainable, **hub_arguments)
         saved.check_fits(self.base_model)
         if adapter_name not in self.peft_config:
             self._saved = saved
             self.add_adapter(adapter_name, saved.config)
             self.set_requires_grad(adapter_name, is_trainable)
         else:
-            saved.restore(self.prompt_encoder[adapter_name])
+            saved.restore(self.prompt_encoder[adapter_name], self.peft_config[adapter_name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 

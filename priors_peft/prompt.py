@@ -36,11 +36,12 @@ class PriorPromptEncoder(BasePromptEncoder):
         self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
 
     def forward(self) -> Tensor:
-        """θ of every selected layer, shape `[S, P, d]`."""
+        """θ of every selected layer, shape `[S, P, d]`; in float32 also under autocast, as it is saved."""
         if self.coordinates == "plain":
             # Not the parameter itself: sharded training frees that as soon as this module has run.
             return self.coordinate.clone()
-        return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, self.coordinate, strict=True)])
+        with self._full_precision():
+            return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, self.coordinate, strict=True)])
 
     @property
     def has_density(self) -> bool:
@@ -49,7 +50,8 @@ class PriorPromptEncoder(BasePromptEncoder):
 
     def log_prob(self, prompt: Tensor) -> Tensor:
         """log p(θ) of a prompt `[S, P, d]` summed over layers and virtual tokens, in nats."""
-        return torch.stack([prior.log_prob(theta) for prior, theta in zip(self.priors, prompt, strict=True)]).sum()
+        with self._full_precision():
+            return torch.stack([prior.log_prob(theta) for prior, theta in zip(self.priors, prompt, strict=True)]).sum()
 
     def drift(self, prompt: Tensor) -> Tensor:
         """Distance from the initial prompt in prior standard deviations, root mean square over coordinates."""
@@ -61,6 +63,10 @@ class PriorPromptEncoder(BasePromptEncoder):
     def set_prompt(self, prompt: Tensor) -> None:
         """Move the parameter to where θ equals `prompt` `[S, P, d]`, in place, so that optimizers keep it."""
         self.coordinate.copy_(self._from_prompt(prompt.to(self.coordinate)))
+
+    def _full_precision(self) -> torch.autocast:
+        # In bfloat16 the gradient of log p is off by a quarter where the covariance is narrow.
+        return torch.autocast(self.coordinate.device.type, enabled=False)
 
     def _from_prompt(self, prompt: Tensor) -> Tensor:
         if self.coordinates == "plain":

@@ -1,6 +1,7 @@
 """Training under a prior: `PriorTrainer`, its arguments, and the callback that watches the prompt."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,7 @@ class PriorTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row, without virtual tokens"})
     max_new_tokens: int = field(default=32, metadata={"help": "Most tokens generated for an answer in evaluation"})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push; checkpoints lack the sidecars"})
     prior_weight_schedule: str = field(
         default="constant", metadata={"help": "How prior_weight changes: constant, linear, cosine or cyclical"}
     )
@@ -141,13 +143,13 @@ class PriorTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class must be the base model's tokenizer, got None")
         args = args or PriorTrainingArguments()
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective is a likelihood"
-            )
+        _check_options(args, kwargs)
         if args.should_save:
-            # θ, z, the start and two moments, in a checkpoint, its successor and the final adapter.
-            check_writable(args.output_dir, 3 * 5 * 4 * sum(p.numel() for p in model.prompt_encoder.parameters()))
+            # The prompt, its prior and the optimizer's moments, in the checkpoints that are kept, one more, and at the end.
+            state = model.prompt_encoder.state_dict().values()
+            saved = sum(part.numel() * part.element_size() for part in state)
+            saved += 16 * sum(part.numel() for part in model.prompt_encoder.parameters())
+            check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
         config = model.active_peft_config
         if args.learning_rate is None:
             priors = model.prompt_encoder[model.active_adapter].priors
@@ -157,6 +159,7 @@ class PriorTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
         context = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
         length = args.max_length or (context and context - config.num_virtual_tokens)
+        self._max_length = length
         self._encode = encode = partial(tokenize, tokenizer=processing_class, max_length=length)
         train_dataset = None if train_dataset is None else encode(train_dataset)
         if isinstance(eval_dataset, dict):
@@ -260,6 +263,13 @@ class PriorTrainer(Trainer):
             self._nll, self._logged_step = 0.0, self.state.global_step
         super().log(logs, start_time)
 
+    def _load_best_model(self) -> None:
+        name = self.model.active_adapter
+        if name == "default" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        # PEFT keeps adapters of other names in subfolders, where Trainer does not look.
+        self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name, is_trainable=True)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -313,6 +323,10 @@ class PriorTrainer(Trainer):
     def _answers(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         rows = prompts_of(inputs["input_ids"].tolist(), mask.tolist(), inputs["labels"].tolist())
+        if self._max_length:
+            # Room for the answer within the context, at the cost of the prompt's start as in training.
+            room = max(1, self._max_length - self.args.max_new_tokens)
+            rows = [row[-room:] for row in rows]
         ids = pad(rows, self.processing_class.pad_token_id, "left").to(self.args.device)
         mask = pad([[1] * len(row) for row in rows], 0, "left").to(self.args.device)
         generated = self.accelerator.unwrap_model(model).generate(
@@ -323,6 +337,19 @@ class PriorTrainer(Trainer):
             pad_token_id=self.processing_class.pad_token_id,
         )
         return generated[:, ids.shape[1] :]
+
+
+def _check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> None:
+    """Refuse what can't be honoured, and use one GPU where Trainer would split batches among threads."""
+    for name in ("label_smoothing_factor", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(f"{name} must be off, got {getattr(args, name)}: the objective is an exact likelihood")
+    for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} must be None: PriorTrainer has its own objective and evaluation")
+    if args.n_gpu > 1:
+        warnings.warn("Training on one GPU: start with `accelerate launch` to use all of them.")
+        args._n_gpu = 1
 
 
 def weight_at(prior_weight: float, args: TrainingArguments, state: TrainerState) -> float:

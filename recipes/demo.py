@@ -21,7 +21,7 @@ from priors_peft import (
 )
 from priors_peft.commands.evaluate import markdown_table
 from priors_peft.data import IGNORED, tokenize
-from priors_peft.evaluation import answer
+from priors_peft.evaluation import answer, best_device
 from priors_peft.tasks import Task, load_task
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     # ---- Data and model -----------------------------------------------------------------
     task = load_task("math", module="arithmetic__add_or_sub", num_train=4000, num_eval=128)
     print(f"{len(task.train)} training questions, {len(task.eval)} held out. One of them: {task.eval[0]}")
-    base, tokenizer = load_base_model(MODEL)
+    base, tokenizer = load_base_model(MODEL, device=best_device())
 
     # ---- Three ways to answer -----------------------------------------------------------
     rows = []
@@ -109,7 +109,7 @@ def main() -> None:
     print("\nThe default learning rate of each was used: what the last row shows is a good result without tuning.")
 
     # ---- The saved adapter, loaded afresh -----------------------------------------------
-    base, tokenizer = load_base_model(MODEL)
+    base, tokenizer = load_base_model(MODEL, device=best_device())
     model = PriorPeftModel.from_pretrained(base, f"{options.output_dir}/ours")
     few = task.eval.select(range(5))
     answers = answer(model, tokenizer, few, task.max_new_tokens, desc="Answering")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WIDTH, addition_rows, make_model, make_tokenizer
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.analysis.geometry import effective_rank, mean_pairwise_cosine
@@ -89,12 +89,16 @@ def test_the_gradient_is_the_objectives_for_any_accumulation(tmp_path, prior_wei
 
 def test_weight_zero_ignores_the_prior_and_a_great_weight_leads_to_its_mode(tmp_path):
     free = make_trainer(tmp_path, config={"prior_weight": 0.0, "num_virtual_tokens": 4})
-    free.train()
-    # Plain tuning from the same start: the loss alone, by hand.
+    # Plain tuning from the same start: stock Trainer on the model's own loss.
     plain = make_trainer(tmp_path, config={"prior_weight": 0.0, "num_virtual_tokens": 4})
-    plain.num_supervised_tokens = None
-    plain.train()
-    assert torch.equal(coordinate(free), coordinate(plain))
+    stock = Trainer(
+        model=plain.model, args=plain.args, train_dataset=plain.train_dataset, data_collator=plain.data_collator
+    )
+    stock._loss_shifts_labels = False
+    for trainer in (free, stock):
+        torch.manual_seed(0)
+        trainer.train()
+    assert torch.equal(coordinate(free), coordinate(stock))
     bound = make_trainer(
         tmp_path, config={"prior_weight": 1e6, "num_virtual_tokens": 4}, max_steps=60, max_grad_norm=0.0
     )
@@ -161,6 +165,46 @@ def test_early_stopping_and_the_best_model(tmp_path):
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.state.global_step < 40 and min(losses) < losses[-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["structured", "own"])
+def test_the_best_of_a_named_adapter_and_of_a_users_own_prior(tmp_path, prior):
+    normal = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(WIDTH), 0.1), 1)
+    config = PriorConfig(num_virtual_tokens=4, prior=normal if prior == "own" else prior)
+    model = get_prior_model(make_model(), config, tokenizer=make_tokenizer(), adapter_name="sums")
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 12}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 5.0}
+    trainer = make_trainer(tmp_path, model=model, **steps, **best)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(losses) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_rows_that_fill_the_context_are_cut_and_answered(tmp_path, caplog):
+    tokenizer = make_tokenizer()
+    long = [{"prompt": "1 2 3 4 5 " * 40 + "6", "completion": " 7"}]
+    metrics = answer_metrics(tokenizer, lambda answers, truth: {"exact_match": exact_match(answers, truth)})
+    model = get_prior_model(make_model("gpt2"), PriorConfig(num_virtual_tokens=4), tokenizer=tokenizer)
+    trainer = make_trainer(tmp_path, model=model, compute_metrics=metrics)
+    assert "1 of 1 rows fill max_length=124" not in caplog.text
+    trainer.evaluate(long)
+    assert "1 of 1 rows fill max_length=124" in caplog.text
+    answer(model, tokenizer, long, max_new_tokens=5)
+    ids = torch.ones(1, 125, dtype=torch.long)
+    for call in (model, model.generate):
+        with pytest.raises(
+            ValueError, match="room for the 4 virtual tokens in the model's context of 128 tokens, got 125"
+        ):
+            call(input_ids=ids)
+
+
+def test_autocast_leaves_the_prompt_and_its_prior_in_full_precision():
+    encoder = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4)).prompt_encoder["default"]
+    expected = encoder(), encoder.log_prob(encoder())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prompt = encoder()
+        assert torch.equal(prompt, expected[0]) and torch.equal(encoder.log_prob(prompt), expected[1])
 
 
 CONTINUE = """
@@ -262,7 +306,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
     other = make_trainer(tmp_path, config={"num_virtual_tokens": 7}, save_strategy="steps", save_steps=4)
-    with pytest.raises(ValueError, match="the checkpoint must hold a whitened prompt of shape \\(1, 7, 32\\)"):
+    with pytest.raises(ValueError, match="num_virtual_tokens must be the saved adapter's 4, got 7"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -295,7 +339,7 @@ def test_bad_arguments_are_refused(tmp_path):
         PriorTrainer(model=make_model(), processing_class=tokenizer)
     with pytest.raises(ValueError, match="processing_class must be the base model's tokenizer"):
         PriorTrainer(model=model)
-    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
+    with pytest.raises(ValueError, match="label_smoothing_factor must be off, got 0.1"):
         make_trainer(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="dataset must have the columns prompt and completion, got \\['text'\\]"):
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=[{"text": "a"}])

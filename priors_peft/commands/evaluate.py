@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..evaluation import answer
+from ..evaluation import answer, best_device
 from ..files import write_json
 from ..hub.adapter import read_adapter
 from ..model import PriorPeftModel
@@ -22,11 +22,13 @@ def main(arguments: list[str]) -> None:
     """Print likelihood and metrics with and without the prompt."""
     dataclasses = (ModelArguments, TaskArguments, EvaluationArguments)
     adapter, model_arguments, task_arguments, args = parse(dataclasses, arguments, "priors-peft evaluate", ["adapter"])
-    model_arguments.model = model_arguments.model or read_adapter(adapter).config.base_model_name_or_path
+    config = read_adapter(adapter).config
+    if model_arguments.model is None:
+        model_arguments.model, model_arguments.model_revision = config.base_model_name_or_path, config.revision
     task = task_from(task_arguments)
     if task.eval is None:
         raise ValueError(f"task must have evaluation rows, got {task.name!r} without any")
-    base, tokenizer = base_model_from(model_arguments)
+    base, tokenizer = base_model_from(model_arguments, best_device())
     model = PriorPeftModel.from_pretrained(base, adapter)
     figures = {}
     with model.disable_adapter():

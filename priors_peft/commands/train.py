@@ -24,6 +24,9 @@ class TrainingArguments(PriorTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better one"}
     )
+    max_new_tokens: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Most tokens generated for an answer in evaluation; the task's own if unset"}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if any"})
 
 
@@ -57,7 +60,12 @@ def train(
     model.print_trainable_parameters()
 
     # ---- Training -----------------------------------------------------------------------
-    args.max_new_tokens = task.max_new_tokens
+    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    if args.early_stopping_patience is not None:
+        if args.eval_strategy == "no":
+            raise ValueError("eval_strategy must be steps or epoch for early_stopping_patience, got no")
+        args.metric_for_best_model = args.metric_for_best_model or "loss"
+        args.greater_is_better = bool(args.greater_is_better)
     trainer = PriorTrainer(
         model=model,
         args=args,
@@ -114,8 +122,8 @@ def reference_data(arguments: PromptArguments, task: Task) -> dict[str, Any]:
     return settings
 
 
-def base_model_from(arguments: ModelArguments) -> tuple[Any, Any]:
-    """The base model and tokenizer that the flags name."""
+def base_model_from(arguments: ModelArguments, device: Any = None) -> tuple[Any, Any]:
+    """The base model and tokenizer that the flags name; a Trainer moves the model itself."""
     if not arguments.model:
         raise ValueError("model must be given: a Hub id, a folder, or bundled:smollm2-135m")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
@@ -124,6 +132,7 @@ def base_model_from(arguments: ModelArguments) -> tuple[Any, Any]:
     return load_base_model(
         arguments.model,
         dtype=dtypes[arguments.dtype],
+        device=device,
         revision=arguments.model_revision,
         trust_remote_code=arguments.trust_remote_code,
     )

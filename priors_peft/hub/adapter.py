@@ -1,5 +1,6 @@
 """An adapter folder: a stock PEFT adapter that loads anywhere, plus sidecars with which training goes on exactly."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -116,22 +117,24 @@ def _write(
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     with torch.no_grad():
         state["prompt"] = encoder().cpu()
-    for file, tensors in ((ADAPTER_WEIGHTS, weights), (PRIOR_WEIGHTS, state)):
-        with atomic_path(folder / file) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, stock)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    settings = config.to_dict() | {"prior": prior_family(encoder.priors[0])}
-    write_json(
-        folder / PRIOR_CONFIG,
-        {
-            "format_version": FORMAT_VERSION,
-            "config": settings,
-            "reference": [provenance.to_dict() for provenance in model.provenance.get(name, [])],
-            "versions": versions,
-            "sha256": {file: sha256(folder / file) for file in (ADAPTER_WEIGHTS, PRIOR_WEIGHTS)},
-        },
-    )
+    described = {
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict() | {"prior": prior_family(encoder.priors[0])},
+        "reference": [provenance.to_dict() for provenance in model.provenance.get(name, [])],
+        "versions": versions,
+    }
+    # All four are whole before the first takes its name; the one with the hashes takes it last.
+    with contextlib.ExitStack() as stack:
+        paths = {
+            file: stack.enter_context(atomic_path(folder / file))
+            for file in (PRIOR_CONFIG, ADAPTER_CONFIG, PRIOR_WEIGHTS, ADAPTER_WEIGHTS)
+        }
+        save_file(weights, paths[ADAPTER_WEIGHTS], metadata={"format": "pt"})
+        save_file(state, paths[PRIOR_WEIGHTS], metadata={"format": "pt"})
+        described["sha256"] = {file: sha256(paths[file]) for file in (ADAPTER_WEIGHTS, PRIOR_WEIGHTS)}
+        write_json(paths[ADAPTER_CONFIG], stock)
+        write_json(paths[PRIOR_CONFIG], described)
 
 
 # Loading
@@ -167,8 +170,14 @@ class SavedAdapter:
                 encoder.coordinate.copy_(self.coordinate)
         return encoder
 
-    def restore(self, encoder: PriorPromptEncoder) -> None:
+    def restore(self, encoder: PriorPromptEncoder, config: PriorConfig) -> None:
         """Put the saved state into an encoder in place, so that optimizers keep its parameter."""
+        depth = config.num_layers or 0
+        if self.config.selected_layers(depth) != config.selected_layers(depth):
+            raise ValueError(
+                f"the checkpoint must hold layers {config.selected_layers(depth)} like the model's, got "
+                f"{self.config.selected_layers(depth)}: use the configuration it was trained with"
+            )
         saved = self.encoder()
         if encoder.coordinates != saved.coordinates or encoder.coordinate.shape != saved.coordinate.shape:
             raise ValueError(

@@ -55,9 +55,13 @@ def choose_weight(trainer: "PriorTrainer") -> float:
     encoder = trainer.model.prompt_encoder[trainer.model.active_adapter]
     start = encoder.coordinate.detach().clone()
     losses = {}
-    for weight in WEIGHT_GRID:
-        config.prior_weight = weight
-        losses[weight] = _held_out_loss(trainer, parts["train"], parts["test"])
+    try:
+        for weight in WEIGHT_GRID:
+            config.prior_weight = weight
+            losses[weight] = _held_out_loss(trainer, parts["train"], parts["test"])
+            encoder.coordinate.data.copy_(start)
+    finally:
+        config.prior_weight = "auto"
         encoder.coordinate.data.copy_(start)
     chosen = min(losses, key=lambda weight: losses[weight])
     tried = ", ".join(f"{weight:g}: {loss:.3f}" for weight, loss in losses.items())

@@ -24,12 +24,14 @@ class Moments:
         self._shift: Tensor | None = None
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Take in rows `[n, d]`, each `weights` `[n]` times (once if None)."""
+        """Take in rows `[n, d]`, each `weights` `[n]` times (once if None); weighted rows come all at once."""
         if len(rows) == 0:
             return
         rows = rows.detach().cpu()
         if not torch.isfinite(rows).all():
             raise ValueError("reference must be finite, got a row with inf or nan")
+        if weights is not None and self.count:
+            raise ValueError("weights must come with the first rows and all of them, got more rows after others")
         times = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights.double().cpu()
         values = rows.double()
         if self._shift is None:
@@ -47,8 +49,11 @@ class Moments:
         self._second += values.mT @ (values * times[:, None])
         self._third += (times * lengths) @ values
         self._fourth += float((times * lengths.square()).sum())
-        # The rows of the largest keys are a uniform sample without replacement (Efraimidis & Spirakis, 2006).
-        keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64).log() / times
+        if weights is not None:
+            # A row that counts often must be able to be drawn often.
+            rows = rows[torch.multinomial(times, self.keep, replacement=True, generator=self._generator)]
+        # The rows of the largest keys are a uniform sample without replacement.
+        keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
         keys, kept = torch.cat([self._keys, keys]), torch.cat([self.sample, rows.float()])
         chosen = keys.topk(min(self.keep, len(keys))).indices
         self._keys, self.sample = keys[chosen], kept[chosen]

@@ -75,8 +75,10 @@ def vocabulary_ids(embedding: Any, tokenizer: Any | None) -> Tensor:
     norms = weight.float().norm(dim=-1).cpu()
     keep &= norms > 0.05 * norms[keep].median()
     # Equal rows have equal projections; comparing those costs n log n instead of sorting whole rows.
-    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    _, inverse, counts = (weight.float() @ direction).cpu().unique(return_inverse=True, return_counts=True)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(weight.shape[1], generator=generator, dtype=torch.float64).to(weight.device)
+    projections = torch.cat([part.double() @ direction for part in weight.split(8192)])
+    _, inverse, counts = projections.cpu().unique(return_inverse=True, return_counts=True)
     keep &= counts[inverse] == 1
     return keep.nonzero().squeeze(-1)
 
@@ -194,9 +196,10 @@ def text_states(model: Any, layers: list[int], ids: Tensor) -> list[Tensor]:
 
 def cached(model: Any, settings: dict[str, Any], compute: Callable[[], list[Moments]]) -> list[Moments]:
     """What `compute` gives, kept in the cache folder under the model's weights and the settings."""
-    embedding = model.get_input_embeddings().weight.detach()
-    last = list(model.parameters())[-1].detach()
-    fingerprint = [hashlib.sha256(part.float().cpu().numpy().tobytes()).hexdigest() for part in (embedding, last)]
+    # Two sums of every weight: the name stays when weights are merged or edited in memory.
+    fingerprint = [
+        (part.detach().float().sum().item(), part.detach().float().abs().sum().item()) for part in model.parameters()
+    ]
     identity = {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
     identity |= {"weights": fingerprint, "dtype": str(model.dtype)} | settings
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -213,8 +216,11 @@ def cached(model: Any, settings: dict[str, Any], compute: Callable[[], list[Mome
     state = {
         f"{index}.{name}": t.contiguous() for index, one in enumerate(found) for name, t in one.state_dict().items()
     }
-    with atomic_path(path) as temporary:
-        save_file(state, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            save_file(state, temporary)
+    except OSError as error:
+        logger.warning("The reference could not be cached (%s); it will be computed again.", error)
     return found
 
 

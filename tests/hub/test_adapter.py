@@ -124,6 +124,33 @@ def test_a_stock_soft_prompt_loads_without_a_prior(tmp_path):
     assert torch.equal(again(**inputs()).logits, model(**inputs()).logits)
 
 
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, tuning="deep", layers=[0, 1]))
+    model.save_pretrained(tmp_path)
+    other = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, tuning="deep", layers=[0, 2]))
+    with pytest.raises(
+        ValueError, match="the checkpoint must hold layers \\[0, 2\\] like the model's, got \\[0, 1\\]"
+    ):
+        other.load_adapter(tmp_path, "default")
+
+
+def test_a_configuration_can_be_used_again():
+    config = PriorConfig(num_virtual_tokens=4)
+    first, second = make_model(), make_model()
+    first.name_or_path, second.name_or_path = "first/model", "second/model"
+    names = [get_prior_model(base, config).active_peft_config.base_model_name_or_path for base in (first, second)]
+    assert names == ["first/model", "second/model"] and config.token_dim is None
+
+
+def test_what_cannot_be_saved_is_refused_before_training():
+    import numpy as np
+
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        get_prior_model(
+            make_model(), PriorConfig(num_virtual_tokens=4, prior="gaussian", prior_kwargs={"scale": np.float32(0.1)})
+        )
+
+
 def test_provenance_says_where_the_prior_came_from(tmp_path):
     tuned("partly_deep").save_pretrained(tmp_path)
     described = json.loads((tmp_path / PRIOR_CONFIG).read_text())

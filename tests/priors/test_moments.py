@@ -46,6 +46,10 @@ def test_weights_are_repetitions():
     weighted.update(rows, times)
     repeated = streamed(rows.repeat_interleave(times, 0))
     assert torch.allclose(weighted.mean, repeated.mean) and torch.allclose(weighted.covariance, repeated.covariance)
+    share = (weighted.sample[:, None] == rows[-1]).all(-1).float().mean()  # rows are drawn as often as they count
+    assert share == pytest.approx(40 / float(times.sum()), abs=0.01)
+    with pytest.raises(ValueError, match="weights must come with the first rows"):
+        weighted.update(rows, times)
     assert weighted.fourth == pytest.approx(repeated.fourth) and weighted.count == repeated.count
 
 
