@@ -1,17 +1,28 @@
 """A new prompt: the priors that a configuration asks for, fitted on this model, and a start drawn from them."""
 
 import copy
+import hashlib
 import inspect
+import json
+import logging
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Distribution
+from tqdm.auto import tqdm
 
+from . import __version__
 from .config import PriorConfig
-from .priors import DistributionPrior, Prior, prior_class
+from .files import atomic_path, cache_dir
+from .priors import DistributionPrior, Moments, Prior, prior_class
 from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
 from .prompt import PriorPromptEncoder
+
+
+logger = logging.getLogger(__name__)
 
 
 def new_encoder(
@@ -38,13 +49,37 @@ def new_encoder(
         if config.prior == "text":
             settings = _described(model, config, layers, tokenizer)
         _check_settings(config.prior, family, settings[0])
-        priors = [family.fit(reference, **own) for reference, own in zip(references, settings, strict=True)]
+        priors = []
+        for reference, own, origin in tqdm(
+            zip(references, settings, provenance, strict=False), "Fitting the prior", len(layers), delay=2, leave=False
+        ):
+            priors.append(_fitted(family, reference, own, origin))
     for prior in priors:
         if prior.dim != config.token_dim:
             raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
     return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
+
+
+def _fitted(family: type[Prior], reference: Any, settings: dict[str, Any], origin: Provenance) -> Prior:
+    """The family fitted on a reference; kept in the cache folder where the reference and the settings identify it."""
+    if not isinstance(reference, (Tensor, Moments)) or any(isinstance(value, Tensor) for value in settings.values()):
+        return family.fit(reference, **settings)
+    identity = json.dumps([family.__name__, settings, origin.to_dict(), __version__], sort_keys=True)
+    path = cache_dir() / "priors" / f"{hashlib.sha256(identity.encode()).hexdigest()}.safetensors"
+    if path.is_file():
+        try:
+            return family.from_state_dict(load_file(path))
+        except (SafetensorError, ValueError) as error:
+            logger.warning("The cached prior %s is damaged (%s); it is fitted again.", path.name, error)
+    prior = family.fit(reference, **settings)
+    try:
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in prior.state_dict().items()}, temporary)
+    except OSError as error:
+        logger.warning("The prior could not be cached (%s); it will be fitted again.", error)
+    return prior
 
 
 def own_prior(prior: Prior | Distribution) -> Prior:

@@ -18,6 +18,8 @@ from transformers import (
     OPTConfig,
 )
 
+from priors_peft.files import cache_dir
+
 
 torch.set_num_threads(1)
 
@@ -69,6 +71,16 @@ CONFIGS = {
         **_SHARED,
     ),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests fit their priors into a cache of their own; the bundled model and its data stay where the user has them."""
+    shared, own = cache_dir(), tmp_path_factory.mktemp("cache")
+    for name in ("models", "math"):
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(shared / name)
+    os.environ["PRIORS_PEFT_CACHE"] = str(own)
 
 
 @pytest.fixture(params=list(CONFIGS))

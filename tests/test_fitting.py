@@ -87,7 +87,7 @@ def test_token_frequencies_weigh_the_vocabulary():
 def test_fitting_is_cached_and_a_damaged_cache_is_computed_again(cache, monkeypatch, caplog):
     settings = {"tuning": "deep", "reference": "activations", "reference_kwargs": {"data": addition_rows(20)}}
     first = encoder_of(model_with(**settings))
-    (file,) = cache.rglob("*.safetensors")
+    (file,) = (cache / "references").glob("*.safetensors")
     calls = []
     update = Moments.update
     monkeypatch.setattr(Moments, "update", lambda self, *args: calls.append(1) or update(self, *args))
@@ -98,6 +98,24 @@ def test_fitting_is_cached_and_a_damaged_cache_is_computed_again(cache, monkeypa
     calls.clear()  # another model, other data: another entry
     get_prior_model(make_model(seed=1), PriorConfig(num_virtual_tokens=4, **settings), tokenizer=make_tokenizer())
     assert calls
+
+
+def test_a_fitted_prior_is_cached_by_reference_and_settings(cache, monkeypatch, caplog):
+    from priors_peft.priors import StructuredPrior
+
+    fits = []
+    fit = StructuredPrior.fit.__func__
+    monkeypatch.setattr(StructuredPrior, "fit", classmethod(lambda cls, *a, **k: fits.append(1) or fit(cls, *a, **k)))
+    settings = {"prior_kwargs": {"structure": "low_rank", "rank": 4}}
+    first = encoder_of(model_with(**settings))()
+    assert torch.equal(encoder_of(model_with(**settings))(), first) and len(fits) == 1
+    model_with(prior_kwargs={"structure": "low_rank", "rank": 5})
+    get_prior_model(make_model(seed=1), PriorConfig(num_virtual_tokens=4, **settings))
+    assert len(fits) == 3
+    for file in (cache / "priors").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(encoder_of(model_with(**settings))(), first) and len(fits) == 4
+    assert "is fitted again" in caplog.text
 
 
 def test_the_start_depends_on_the_seed_alone():

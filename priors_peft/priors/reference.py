@@ -44,7 +44,10 @@ class Provenance:
     def of(
         cls, source: str, layer: int, reference: Reference, model: Any | None = None, data: str | None = None
     ) -> "Provenance":
-        tensor = reference.mean if isinstance(reference, Moments) else reference
+        if isinstance(reference, Moments):
+            tensor = torch.cat([reference.mean, reference.covariance.diagonal()])
+        else:
+            tensor = reference
         content = tensor.detach().float().cpu().contiguous().numpy().tobytes()
         return cls(
             source=source,
