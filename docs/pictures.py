@@ -35,7 +35,7 @@ CLAIMS = {
     "exclusion": "exclusion: outside what the vocabulary fills",
     "interpolation": "interpolation: between MATH's tokens and English ones",
     "text": "text: close to the tokens of a description",
-    "empirical": "empirical: near three prompts trained on another task",
+    "empirical": "empirical: the spread of three prompts trained on another task",
 }
 
 
@@ -70,7 +70,7 @@ def draw(name: str, rows: torch.Tensor, samples: torch.Tensor, shape: Structured
     for radius, color, label in zip(radii, (VOCABULARY, SAMPLES), ("vocabulary", f"{name} prior"), strict=True):
         weights = np.full(len(radius), 1 / len(radius))
         right.hist(radius.clip(0, bins[-1]), bins=bins, weights=weights, color=color, alpha=0.75, label=label)
-    right.set_xlabel("Mahalanobis radius / √d, by the vocabulary's mean and covariance")
+    right.set_xlabel("Mahalanobis radius / √d (by the vocabulary's covariance)")
     right.set_ylabel("share of tokens")
     right.legend(fontsize=9)
     figure.suptitle(CLAIMS[name], fontsize=12)

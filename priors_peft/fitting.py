@@ -50,9 +50,10 @@ def new_encoder(
             settings = _described(model, config, layers, tokenizer)
         _check_settings(config.prior, family, settings[0])
         priors = []
-        for reference, own, origin in tqdm(
-            zip(references, settings, provenance, strict=False), "Fitting the prior", len(layers), delay=2, leave=False
-        ):
+        pairs = zip(references, settings, provenance, strict=False)
+        # At once where a fit takes long, so that it is not a silent minute; else only if it does.
+        delay = 0 if config.token_dim >= 2048 else 2
+        for reference, own, origin in tqdm(pairs, "Fitting the prior", len(layers), delay=delay, leave=False):
             priors.append(_fitted(family, reference, own, origin))
     for prior in priors:
         if prior.dim != config.token_dim:
