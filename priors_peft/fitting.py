@@ -1,6 +1,5 @@
 """A new prompt: the priors that a configuration asks for, fitted on this model, and a start drawn from them."""
 
-import copy
 import hashlib
 import inspect
 import json
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .config import PriorConfig
 from .files import atomic_path, cache_dir
-from .priors import DistributionPrior, Moments, Prior, prior_class
+from .priors import Moments, Prior, own_prior, prior_class
 from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
 from .prompt import PriorPromptEncoder
 
@@ -81,13 +80,6 @@ def _fitted(family: type[Prior], reference: Any, settings: dict[str, Any], origi
     except OSError as error:
         logger.warning("The prior could not be cached (%s); it will be fitted again.", error)
     return prior
-
-
-def own_prior(prior: Prior | Distribution) -> Prior:
-    """A copy of a user's prior; a torch distribution of one virtual token becomes one."""
-    if isinstance(prior, Distribution):
-        return DistributionPrior(prior)
-    return copy.deepcopy(prior)
 
 
 def texts_of(data: Any) -> list[str]:

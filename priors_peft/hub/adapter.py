@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..config import PriorConfig
 from ..files import atomic_path, sha256, write_json
-from ..fitting import own_prior
-from ..priors import GaussianPrior, Prior, prior_class, prior_family, prior_names
+from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
 

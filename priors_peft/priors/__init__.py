@@ -5,7 +5,7 @@ import pkgutil
 
 from .base import Prior
 from .block import BlockPrior
-from .distribution import DistributionPrior
+from .distribution import DistributionPrior, own_prior
 from .empirical import EmpiricalMixturePrior, EmpiricalPrior
 from .exclusion import ExclusionPrior
 from .gaussian import GaussianPrior
@@ -63,6 +63,7 @@ __all__ = [
     "RejectionPrior",
     "StructuredPrior",
     "TextPrior",
+    "own_prior",
     "prior_class",
     "prior_family",
     "prior_names",

@@ -101,3 +101,10 @@ def _move(part: Any, fn: Callable[[Tensor], Tensor]) -> None:
         elif isinstance(value, list):
             for item in value:
                 _move(item, fn)
+
+
+def own_prior(prior: Prior | Distribution) -> Prior:
+    """A copy of a user's prior; a torch distribution of one virtual token becomes one."""
+    if isinstance(prior, Distribution):
+        return DistributionPrior(prior)
+    return copy.deepcopy(prior)
