@@ -133,7 +133,7 @@ def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML, got: {error}") from error
-    if not isinstance(values, dict):
+    if node is None or not isinstance(values, dict):
         raise ValueError(f"{path} must map flags to values, got {type(values).__name__}")
     for key, _ in node.value:
         if key.value not in known:
