@@ -73,7 +73,8 @@ class PriorCallback(TrainerCallback):
     """Logs how the prompt stands to its prior and whether it has collapsed.
 
     `prior/log_prob` (nats), `prior/weight`, `prior/effective_rank` and `prior/mean_pairwise_cosine` (mean over
-    layers), `prior/drift` (from the initial prompt, in prior standard deviations). `PriorTrainer` adds it; another
+    layers), `prior/drift` (from the initial prompt, in prior standard deviations): of the prompt after the step, where
+    the losses beside them were computed before it. `PriorTrainer` adds it; another
     `Trainer` of a `PriorPeftModel` can too, before the callbacks that report.
     """
 

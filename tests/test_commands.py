@@ -94,6 +94,8 @@ def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
     "flags, message",
     [
         (["--model", ""], "model must be given"),
+        (["--prior_wieght", "0"], "'--prior_wieght' is no flag; did you mean 'prior_weight'?"),
+        (["--max_step", "2"], "'--max_step' is no flag; did you mean 'max_steps'?"),
         (["--prior", "structure"], "prior must be one of"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens must be >= 1, got 0"),
         (["--layers", "first"], "layers must be all or numbers like 0,-3,-2,-1, got 'first'"),

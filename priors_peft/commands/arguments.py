@@ -105,7 +105,8 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
         ValueError: The recipe is no mapping, or has a key that is no flag; its line is named.
     """
     names = ", ".join(name.upper() for name in positional)
-    parser = HfArgumentParser(dataclasses, prog=prog, usage=f"{prog} {names} [RECIPE.yaml] [--FLAG VALUE ...]")
+    usage = " ".join(filter(None, [prog, names, "[RECIPE.yaml] [--FLAG VALUE ...]"]))
+    parser = HfArgumentParser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)
     words = []
     while arguments and not arguments[0].startswith("-"):
         words.append(arguments[0])
@@ -114,10 +115,12 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     values = [word for word in words if word not in recipes]
     if len(recipes) > 1:
         raise ValueError(f"at most one recipe must be given, got {recipes}")
+    known = {item.name for dataclass in dataclasses for item in fields(dataclass) if item.init}
     if recipes:
-        known = {item.name for dataclass in dataclasses for item in fields(dataclass) if item.init}
         parser.set_defaults(**read_recipe(recipes[0], known))
-    objects = parser.parse_args_into_dataclasses(arguments)
+    *objects, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"{rest[0]!r} is no flag{_nearest(rest[0].lstrip('-').replace('-', '_'), known)}")
     if len(values) != len(positional):
         raise ValueError(f"{names or 'no positional argument'} must be given before the flags, got {values}")
     return [*values, *objects]
@@ -137,7 +140,12 @@ def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must map flags to values, got {type(values).__name__}")
     for key, _ in node.value:
         if key.value not in known:
-            near = difflib.get_close_matches(key.value, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is no flag{hint}")
+            raise ValueError(
+                f"{path}, line {key.start_mark.line + 1}: {key.value!r} is no flag{_nearest(key.value, known)}"
+            )
     return values
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
