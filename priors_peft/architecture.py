@@ -67,13 +67,21 @@ def expand_cache(cache: DynamicCache, batch_size: int) -> DynamicCache:
     return expanded
 
 
-def replace_prompt(theta: Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
+def replace_prompts(
+    prompts: list[tuple[int, Tensor]],
+) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
+    """A hook that puts each θ `[P, d]` in the place of the hidden states from its start on, in order of starts."""
+    end = prompts[-1][0] + len(prompts[-1][1])
+
     def replace(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
-        if hidden.shape[1] < len(theta):
+        if hidden.shape[1] < end:
             return None  # a decoding step: the prompt has gone by
-        start = theta.to(hidden.dtype).expand(len(hidden), -1, -1)
-        hidden = torch.cat([start, hidden[:, len(theta) :]], dim=1)
+        parts, cursor = [], 0
+        for start, theta in prompts:
+            parts += [hidden[:, cursor:start], theta.to(hidden.dtype).expand(len(hidden), -1, -1)]
+            cursor = start + len(theta)
+        hidden = torch.cat([*parts, hidden[:, cursor:]], dim=1)
         if arguments:
             return (hidden, *arguments[1:]), keywords
         return arguments, {**keywords, "hidden_states": hidden}

@@ -1,11 +1,8 @@
-"""One batch: its text after the prompt, which tokens are supervised, and what reaches the LM head."""
+"""One batch: its text after the prompt, and which tokens are supervised."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,11 @@ class Text:
     @property
     def _given(self) -> Tensor:
         return self.input_ids if self.inputs_embeds is None else self.inputs_embeds  # type: ignore[return-value]
+
+    def of(self, rows: list[int]) -> "Text":
+        """Some of the rows."""
+        parts = (self.input_ids, self.inputs_embeds, self.attention_mask, self.position_ids)
+        return Text(*(None if part is None else part[rows] for part in parts))
 
     def after(self, count: int) -> "Text":
         """The same text after `count` virtual tokens: all rows see them, and positions go on from them."""
@@ -68,41 +70,3 @@ class Supervision:
             padded = attention_mask[rows, predictors.clamp_min(0)] == 0
             predictors = predictors.masked_fill(padded, -1)
         return cls(rows, predictors, labels[rows, columns])
-
-
-@dataclass(frozen=True)
-class HeadInput:
-    """Which positions reach the LM head; all that the architecture does after it still happens.
-
-    Args:
-        supervision: Supervised positions, if there are labels.
-        whole: Whether logits of the text are wanted beside the loss.
-        keep: Which of the text's positions, where there are no labels.
-    """
-
-    supervision: Supervision | None
-    whole: bool
-    keep: slice
-
-    @contextmanager
-    def of(self, model: PreTrainedModel, aligned: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Choose while this context lasts.
-
-        Args:
-            model: Whose head it is.
-            aligned: Makes `[B, 1 + L, d]` of the head's input: the last virtual token's state, then the text's.
-        """
-
-        def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = aligned(arguments[0])
-            if self.supervision is None:
-                hidden = hidden[:, 1:][:, self.keep]
-            elif not self.whole:
-                hidden = hidden[self.supervision.rows, self.supervision.predictors + 1].unsqueeze(0)
-            return (hidden, *arguments[1:])
-
-        handle = model.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()

@@ -1,7 +1,6 @@
 """The tuned model: a prompt pass for the whole batch, a text pass, and the head on supervised positions only."""
 
 import copy
-import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModelForCausalLM
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import logging
 
-from .architecture import check_base_model, decoder_layers, expand_cache, replace_prompt, supports_prompt_cache
-from .batch import HeadInput, Supervision, Text, extended_mask
+from .architecture import check_base_model, expand_cache, supports_prompt_cache
+from .batch import Supervision, Text, extended_mask
 from .config import PriorConfig
 from .fitting import new_encoder
+from .head import logits_of, supervised_nll
+from .packing import supports_packing
+from .passes import (
+    Prompt,
+    PromptState,
+    cached_pass,
+    concatenated_pass,
+    deep_prompts,
+    packed_pass,
+    positions,
+    prompt_pass,
+    prompted_embeddings,
+)
 from .priors.reference import Provenance
 
 
@@ -28,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# What a packed sequence, or rows with different prompts, can't give back.
+_EXTRAS = ("use_cache", "output_hidden_states", "output_attentions")
 _REPEATING = ("num_beams", "num_return_sequences")
 
 # `transformers.pipeline` knows models by the name of their class; without this it prints an error and works all the same.
@@ -78,6 +92,8 @@ class PriorPeftModel(PeftModelForCausalLM):
     ) -> None:
         nn.Module.__init__(self)
         check_base_model(model)
+        self._takes_cache = supports_prompt_cache(model)
+        self._kept: dict[str, tuple[Any, PromptState]] | None = None
         self.tokenizer = tokenizer
         self.provenance: dict[str, list[Provenance]] = {}
         # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
@@ -160,7 +176,7 @@ class PriorPeftModel(PeftModelForCausalLM):
                 f'tuning must be "soft" for a model whose embeddings ({config.token_dim}) and hidden states '
                 f'({text_config.hidden_size}) differ in width, got "deep"'
             )
-        if len(layers) > 1 and not supports_prompt_cache(self.base_model):
+        if len(layers) > 1 and not self._takes_cache:
             raise ValueError(
                 f'tuning must be "soft" for {type(self.base_model).__name__}, which has no key/value cache of every '
                 'layer, got "deep"'
@@ -186,6 +202,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         logits_to_keep: int = 0,
+        adapter_names: list[str] | None = None,
         return_dict: bool | None = None,
         task_ids: None = None,
         token_type_ids: Tensor | None = None,
@@ -203,6 +220,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             num_items_in_batch: What the summed loss is divided by; the number of supervised tokens if None.
             return_logits: Whether to build `[B, L, V]` logits. By default not in training with labels.
             logits_to_keep: Build logits for that many last positions only; 0 for all.
+            adapter_names: The prompt of each row; the active one for all if None.
 
         Returns:
             Loss in nats per supervised token, logits aligned with `input_ids`, and each row's likelihood.
@@ -214,88 +232,106 @@ class PriorPeftModel(PeftModelForCausalLM):
             return self._continue(text, past_key_values, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         if token_type_ids is not None:
             logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
-        encoder = self.prompt_encoder[self.active_adapter]
-        prompt = encoder()
-        self._check_text(text, prompt.shape[1])
+        prompts = self._prompts(adapter_names, text.batch_size)
+        self._check_text(text, max(prompt.length for prompt in prompts.values()))
         supervision = None if labels is None else Supervision.of(labels, attention_mask)
         whole = return_logits if return_logits is not None else (labels is None or not self.training)
-        keep = slice(-logits_to_keep if logits_to_keep else None, None)
-        run = self._concatenated_pass if self._concatenates() else self._cached_pass
-        outputs = run(prompt, text.after(prompt.shape[1]), HeadInput(supervision, whole, keep), kwargs)
-        logits = outputs.logits
-        result = PriorCausalLMOutput(
-            past_key_values=outputs.past_key_values if kwargs.get("use_cache") else None,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        result = PriorCausalLMOutput()
+        if supervision is not None and not whole and self._packs(kwargs):
+            state = self._packable_state(prompts)
+            states = packed_pass(self.base_model, list(prompts.values()), state, text, supervision, kwargs)
+        else:
+            states = self._padded_states(prompts, text, kwargs, result)
+            if whole:
+                logits = logits_of(
+                    self.base_model, states if labels is not None else states[:, 1:][:, -logits_to_keep:]
+                )
+                result.logits = logits if labels is None else logits[:, 1:][:, -logits_to_keep:]
+            elif supervision is not None:
+                states = states[supervision.rows, supervision.predictors + 1]
         if supervision is not None:
-            scored = logits[supervision.rows, supervision.predictors + 1] if whole else logits[0]
-            nll = nn.functional.cross_entropy(scored.float(), supervision.targets, reduction="none")
+            if whole:
+                scored = logits[supervision.rows, supervision.predictors + 1]
+                nll = nn.functional.cross_entropy(scored.float(), supervision.targets, reduction="none")
+            else:
+                nll = supervised_nll(self.base_model, states, supervision.targets)
             result.row_nll = nll.new_zeros(text.batch_size).index_add(0, supervision.rows, nll.detach())
             result.row_tokens = torch.bincount(supervision.rows, minlength=text.batch_size)
             count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
             result.loss = nll.sum() / count
-            if self.training and self.active_peft_config.prior_weight:
-                result.log_prior = encoder.log_prob(prompt)
-            logits = logits[:, 1:][:, keep] if whole else None
-        result.logits = logits
+            if self.training and any(self.peft_config[name].prior_weight for name in prompts):
+                scores = [self.prompt_encoder[name].log_prob(prompt.theta) for name, prompt in prompts.items()]
+                result.log_prior = scores[0] if adapter_names is None else torch.stack(scores)
         return result if return_dict is not False else result.to_tuple()
 
-    def _cached_pass(self, prompt: Tensor, text: Text, head: HeadInput, options: dict[str, Any]) -> Any:
-        """Prompt once at batch 1, then the text over its cache. Exact, as prompt positions never see the text."""
-        cache, last = self.prompt_pass(prompt)
-
-        def with_prompt(hidden: Tensor) -> Tensor:
-            return torch.cat([last.expand(text.batch_size, 1, -1), hidden], dim=1)
-
-        with head.of(self.base_model, with_prompt):
-            return self.base_model(
-                input_ids=text.input_ids,
-                inputs_embeds=text.inputs_embeds,
-                attention_mask=text.attention_mask,
-                past_key_values=expand_cache(cache, text.batch_size),
-                **self._positions(text.position_ids),
-                **{"use_cache": False, **options},
+    def _prompts(self, adapter_names: list[str] | None, batch_size: int) -> dict[str, Prompt]:
+        """The prompts of a batch, in the order in which rows name them first."""
+        names = [self.active_adapter] * batch_size if adapter_names is None else adapter_names
+        if len(names) != batch_size or not set(names) <= set(self.peft_config):
+            raise ValueError(
+                f"adapter_names must name one of {list(self.peft_config)} for each of the {batch_size} rows, got "
+                f"{names}"
             )
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        return {name: self.prompt(name, of) for name, of in rows.items()}
 
-    def _concatenated_pass(self, prompt: Tensor, text: Text, head: HeadInput, options: dict[str, Any]) -> Any:
-        """Prompt and text as one sequence, for gradient checkpointing and models without a key/value cache."""
-        count = prompt.shape[1]
-        position_ids = text.position_ids
-        if position_ids is not None:
-            before = torch.arange(count, device=position_ids.device).expand(text.batch_size, -1)
-            position_ids = torch.cat([before, position_ids], dim=1)
-        with self._deep_prompt(prompt), head.of(self.base_model, lambda hidden: hidden[:, count - 1 :]):
-            outputs = self.base_model(
-                inputs_embeds=self._prompted_embeddings(prompt, text.input_ids, text.inputs_embeds),
-                attention_mask=text.attention_mask,
-                **self._positions(position_ids),
-                **{"use_cache": False, **options},
-            )
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(hidden[:, count:] for hidden in outputs.hidden_states)
-        return outputs
+    def prompt(self, name: str, rows: list[int] | None = None) -> Prompt:
+        """θ of an adapter as it is now, its layers, and the rows of a batch that it comes before."""
+        config = self.peft_config[name]
+        return Prompt(self.prompt_encoder[name](), config.selected_layers(config.num_layers), rows or [])
 
-    def _prompted_embeddings(self, prompt: Tensor, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
-        """The embedding layer's θ before the text's embeddings, shape `[B, P + L, d]`."""
-        if embeddings is None:
-            embeddings = self.base_model.get_input_embeddings()(input_ids)
-        return torch.cat([prompt[0].to(embeddings.dtype).expand(len(embeddings), -1, -1), embeddings], dim=1)
+    def _padded_states(
+        self, prompts: dict[str, Prompt], text: Text, options: dict[str, Any], result: PriorCausalLMOutput
+    ) -> Tensor:
+        """Final hidden states `[B, 1 + L, d]`, the last virtual token's first; fills in what else was asked for."""
 
-    def prompt_pass(self, prompt: Tensor) -> tuple[DynamicCache, Tensor]:
-        """Run the virtual tokens alone.
+        def run(name: str, prompt: Prompt, text: Text) -> Any:
+            if self._concatenates():
+                return concatenated_pass(self.base_model, prompt, text, options)
+            return cached_pass(self.base_model, self._state(name, prompt), text, options)
 
-        Args:
-            prompt: θ, shape `[S, P, d]`.
+        if len(prompts) == 1:
+            outputs = run(*next(iter(prompts.items())), text)
+            result.past_key_values = outputs.past_key_values if options.get("use_cache") else None
+            result.hidden_states, result.attentions = outputs.hidden_states, outputs.attentions
+            return outputs.last_hidden_state
+        asked = [name for name in _EXTRAS if options.get(name)]
+        if asked:
+            raise ValueError(f"{asked[0]} must be False for rows with different prompts, got True")
+        parts = [run(name, prompt, text.of(prompt.rows)).last_hidden_state for name, prompt in prompts.items()]
+        order = torch.tensor([row for prompt in prompts.values() for row in prompt.rows])
+        return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
-        Returns:
-            The key/value cache of P positions at batch 1, and the last virtual token's final hidden state
-            `[1, 1, d]`, which predicts the first token of every row.
+    def _state(self, name: str, prompt: Prompt) -> PromptState:
+        """The prompt's key/value cache; within `cached_prompt` the one that is kept, if the prompt is still the same."""
+        if self._kept is None or torch.is_grad_enabled() or self.training:
+            return prompt_pass(self.base_model, prompt)
+        tensors = self.prompt_encoder[name].state_dict(keep_vars=True).values()
+        version = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self._kept.get(name, (None,))[0] != version:
+            self._kept[name] = version, prompt_pass(self.base_model, prompt)
+        return self._kept[name][1]
+
+    def _packable_state(self, prompts: dict[str, Prompt]) -> PromptState | None:
+        if len(prompts) > 1 or self._kept is None or torch.is_grad_enabled() or self.training:
+            return None
+        state = self._state(*next(iter(prompts.items())))
+        # A sliding layer's cache drops what left its window.
+        return None if any(state.cache.is_sliding) else state
+
+    @contextmanager
+    def cached_prompt(self) -> Iterator[None]:
+        """Within this context prompts run once for all calls in evaluation mode without gradients.
+
+        For evaluating or generating in many batches; a prompt that is changed in between runs again.
         """
-        start = prompt[:1].to(self.base_model.get_input_embeddings().weight.dtype)
-        with self._deep_prompt(prompt):
-            outputs = self.base_model.base_model(inputs_embeds=start, use_cache=True)
-        return outputs.past_key_values, outputs.last_hidden_state[:, -1:]
+        kept, self._kept = self._kept, {} if self._kept is None else self._kept
+        try:
+            yield
+        finally:
+            self._kept = kept
 
     def _continue(self, text: Text, cache: Any, **options: Any) -> Any:
         """One more step over a cache that holds the prompt; the caller's mask and positions don't count the prompt."""
@@ -305,20 +341,19 @@ class PriorPeftModel(PeftModelForCausalLM):
             inputs_embeds=text.inputs_embeds,
             attention_mask=text.attention_mask,
             past_key_values=cache,
-            **self._positions(text.position_ids),
+            **positions(self.base_model, text.position_ids),
             **options,
         )
 
     def _concatenates(self) -> bool:
-        """Whether prompt and text must run as one sequence; the one place where that is decided."""
-        return not supports_prompt_cache(self.base_model) or (
-            self.training and self.base_model.is_activation_checkpointing
-        )
+        """Whether prompt and text must run as one padded sequence; with `_packs` where the way through is decided."""
+        return not self._takes_cache or (self.training and self.base_model.is_activation_checkpointing)
 
-    def _positions(self, position_ids: Tensor | None) -> dict[str, Tensor]:
-        # BLOOM takes positions from the attention mask, MPT from the keys' order; neither has such an argument.
-        accepted = "position_ids" in inspect.signature(self.base_model.forward).parameters
-        return {"position_ids": position_ids} if accepted and position_ids is not None else {}
+    def _packs(self, options: dict[str, Any]) -> bool:
+        """Whether rows can run as one sequence without padding."""
+        return not (self._concatenates() or any(options.get(name) for name in _EXTRAS)) and supports_packing(
+            self.base_model
+        )
 
     def _check_text(self, text: Text, num_virtual_tokens: int) -> None:
         config = self.base_model.config.get_text_config()
@@ -331,22 +366,6 @@ class PriorPeftModel(PeftModelForCausalLM):
         mask = text.attention_mask
         if config.model_type == "mpt" and mask is not None and not bool(mask[:, 0].all()):
             raise ValueError("rows must be padded on the right for MPT, whose ALiBi counts padding, got left padding")
-
-    @contextmanager
-    def _deep_prompt(self, prompt: Tensor) -> Iterator[None]:
-        """Replace the hidden states of the first P positions at the input of every selected deeper layer."""
-        layers = self.active_peft_config.selected_layers(self.active_peft_config.num_layers)
-        handles = []
-        if len(layers) > 1:
-            blocks = decoder_layers(self.base_model)
-            for layer, theta in zip(layers[1:], prompt[1:], strict=True):
-                hook = replace_prompt(theta)
-                handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # Generation
 
@@ -368,29 +387,30 @@ class PriorPeftModel(PeftModelForCausalLM):
             pad = config.pad_token_id
             inferable = embeddings is None and pad is not None and pad not in _as_list(config.eos_token_id)
             mask = text.ne(pad).long() if inferable else torch.ones(text.shape[:2], device=text.device).long()
-        prompt = self.prompt_encoder[self.active_adapter]()
-        self._check_text(Text(input_ids, embeddings, mask, None), prompt.shape[1])
-        kwargs["attention_mask"] = extended_mask(mask, prompt.shape[1])
+        prompt, rows = self.prompt(self.active_adapter), Text(input_ids, embeddings, mask, None)
+        self._check_text(rows, prompt.length)
+        kwargs["attention_mask"] = extended_mask(mask, prompt.length)
         if self._concatenates():
-            kwargs["inputs_embeds"] = self._prompted_embeddings(prompt, input_ids, embeddings)
-            with self._deep_prompt(prompt):
+            kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
+            with deep_prompts(base, [(0, prompt)]):
                 generated = base.generate(**kwargs)
             return generated if input_ids is None else _prepended(input_ids, generated)
         if embeddings is not None:
             # generate drops as many leading embeddings as the cache has positions
-            kwargs["inputs_embeds"] = self._prompted_embeddings(prompt, None, embeddings)
+            kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
         # Beams and samples are rows too; generate repeats its tensors for them but not a cache.
         repeats = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in _REPEATING)
-        kwargs["past_key_values"] = expand_cache(self.prompt_pass(prompt)[0], len(text) * repeats)
+        state = self._state(self.active_adapter, prompt)
+        kwargs["past_key_values"] = expand_cache(state.cache, len(text) * repeats)
         # Trainer switches the cache off in the base model's configuration; here it holds the prompt.
         return base.generate(input_ids, **kwargs | {"use_cache": True})
 
     def get_prompt(self, batch_size: int, task_ids: None = None, max_cache_len: int | None = None) -> Any:
         """θ `[batch_size, P, d]` of a soft prompt, or the key/value cache of a deep one, as PEFT gives them."""
-        prompt = self.prompt_encoder[self.active_adapter]()
+        prompt = self.prompt(self.active_adapter)
         if self.active_peft_config.tuning == "soft":
-            return prompt.expand(batch_size, -1, -1)
-        return expand_cache(self.prompt_pass(prompt)[0], batch_size)
+            return prompt.theta.expand(batch_size, -1, -1)
+        return expand_cache(self._state(self.active_adapter, prompt).cache, batch_size)
 
     # Saving and loading
 

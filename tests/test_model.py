@@ -7,6 +7,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from priors_peft import PriorConfig, get_prior_model
+from priors_peft.passes import Prompt, prompt_pass
 from priors_peft.priors import GaussianPrior
 
 
@@ -146,7 +147,7 @@ def test_deep_prompt_replaces_hidden_states():
             seen[index] = arguments[0], output
 
         layer.register_forward_hook(record)
-    model.prompt_pass(prompt)
+    prompt_pass(model.base_model, Prompt(prompt, [0, LAYERS - 1], []))
     assert torch.equal(seen[0][0][0], prompt[0])
     assert torch.equal(seen[1][0], seen[0][1])  # an unselected layer: states flow through
     assert torch.equal(seen[LAYERS - 1][0][0], prompt[1])

@@ -13,9 +13,11 @@ from peft import PrefixTuningConfig, PromptTuningConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import PriorConfig
 from ..files import atomic_path, sha256, write_json
+from ..passes import Prompt, prompt_pass
 from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
@@ -61,8 +63,8 @@ def save_adapters(
 def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights with which stock PEFT gives the same model: θ if soft, its key/value cache if deep."""
     config = model.peft_config[name]
-    prompt = model.prompt_encoder[name]()
-    if not torch.isfinite(prompt).all():
+    prompt = model.prompt(name)
+    if not torch.isfinite(prompt.theta).all():
         raise ValueError(f"the prompt {name!r} must be finite to be saved, got inf or nan: load the last checkpoint")
     shared = {
         "task_type": config.task_type,
@@ -76,13 +78,13 @@ def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], d
     if config.tuning == "soft":
         heads = config.num_attention_heads
         stock = PromptTuningConfig(**shared, token_dim=config.token_dim, num_attention_heads=heads)
-        weights = prompt[0]
+        weights = prompt.theta[0]
     else:
-        cache = _prompt_cache(model, name, prompt)
+        cache = _prompt_cache(model.base_model, prompt)
         shapes = {tuple(layer.keys.shape) for layer in cache.layers} | {
             tuple(layer.values.shape) for layer in cache.layers
         }
-        if len(shapes) > 1 or len(cache.layers) != config.num_layers or shapes.copy().pop()[2] != len(prompt[0]):
+        if len(shapes) > 1 or len(cache.layers) != config.num_layers or shapes.copy().pop()[2] != prompt.length:
             raise ValueError(
                 f"tuning must be soft for {type(model.base_model).__name__}: stock PREFIX_TUNING can't hold layers of "
                 f"different key/value shapes, got {sorted(shapes)}"
@@ -97,15 +99,13 @@ def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], d
     return stock.to_dict(), {"prompt_embeddings": weights.float().cpu().contiguous()}
 
 
-def _prompt_cache(model: "PriorPeftModel", name: str, prompt: Tensor) -> Any:
-    active, training = model.active_adapter, model.base_model.training
-    model.active_adapter = name
-    model.base_model.eval()
+def _prompt_cache(base_model: PreTrainedModel, prompt: Prompt) -> Any:
+    training = base_model.training
+    base_model.eval()
     try:
-        return model.prompt_pass(prompt)[0]
+        return prompt_pass(base_model, prompt).cache
     finally:
-        model.active_adapter = active
-        model.base_model.train(training)
+        base_model.train(training)
 
 
 def _write(

@@ -1,0 +1,83 @@
+"""The LM head on chosen hidden states, with whatever the architecture does after it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# Logits of that many elements at once: 64 MiB in float32, four times that with their gradient.
+MOST_LOGITS = 2**24
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """What a model's layers give, for whatever a head asks of it: cross-attentions, router logits."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits `[B, L, V]` of final hidden states `[B, L, d]`.
+
+    The model's own forward runs, without its layers: so scaled and soft-capped logits come out as they should.
+    """
+    layers = model.get_decoder()
+    shadowed, calls = layers.__dict__.get("forward"), []  # accelerate and others put their own there
+
+    def forward(*arguments: Any, **options: Any) -> _Hidden:
+        calls.append(layers)
+        return _Hidden(last_hidden_state=hidden)
+
+    layers.forward = forward
+    try:
+        logits = model(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        del layers.forward
+        if shadowed is not None:
+            layers.forward = shadowed
+    if not calls:
+        raise RuntimeError(
+            f"model must run its layers through get_decoder(), which {type(model).__name__} does not: please report it"
+        )
+    return logits
+
+
+def supervised_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood of each target, in nats, shape `[N]`, from the states `[N, d]` that predict them."""
+    rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
+    if len(hidden) <= rows:
+        return _nll(model, hidden, targets)
+    return _ChunkedNLL.apply(hidden, targets, model, rows)
+
+
+def _nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits_of(model, hidden[None])[0].float(), targets, reduction="none")
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """Takes each chunk's gradient while its logits are there, so that they need not be kept or computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: PreTrainedModel, rows: int) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        values, gradients = [], []
+        for chunk, part in zip(hidden.split(rows), targets.split(rows), strict=True):
+            with torch.set_grad_enabled(wanted):
+                chunk = chunk.detach().requires_grad_(wanted)
+                nll = _nll(model, chunk, part)
+            values.append(nll.detach())
+            if wanted:
+                gradients += torch.autograd.grad(nll.sum(), chunk)
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * upstream[:, None]).to(gradients.dtype), None, None, None

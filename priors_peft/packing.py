@@ -1,0 +1,248 @@
+"""A batch as one sequence without padding: every row attends to what it shares with the others, and to itself."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .batch import Supervision, Text
+
+
+NAME = "priors_peft_packed"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Positions `start` to `stop` of the keys, which see `shared_start` to `shared_stop` and, causally, themselves."""
+
+    start: int
+    stop: int
+    shared_start: int
+    shared_stop: int
+
+    @property
+    def num_keys(self) -> int:
+        return self.shared_stop - self.shared_start + self.stop - self.start
+
+
+@dataclass
+class Layout:
+    """Which stretch of a packed sequence attends to what.
+
+    Args:
+        stretches: In the order of the sequence.
+        cached: How many of the first keys come from a cache: they have no queries.
+        attention: The model's own attention, `"sdpa"` or `"eager"`.
+    """
+
+    stretches: list[Stretch]
+    cached: int
+    attention: str
+    _tensors: dict[Any, Any] = field(default_factory=dict)
+
+    def queries(self, stretch: Stretch) -> tuple[int, int]:
+        """First and last query of a stretch, the last exclusive."""
+        return max(0, stretch.start - self.cached), stretch.stop - self.cached
+
+    def triangle(self, window: int | None, like: Tensor) -> Tensor:
+        """Additive causal mask for as many positions as any stretch sees; the masks of all are parts of it."""
+        key = ("triangle", window, like.dtype)
+        if key not in self._tensors:
+            size = max(stretch.num_keys for stretch in self.stretches)
+            position = torch.arange(size, device=like.device)
+            self._tensors[key] = _additive(_visible(position[:, None], position[None], window), like)
+        return self._tensors[key]
+
+    def padded(self, window: int | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Stretches as the rows of one batch: query and key indices, where queries go back to, additive mask."""
+        if "indices" not in self._tensors:
+            rows = [(self.queries(stretch), stretch) for stretch in self.stretches]
+            queries = torch.zeros(len(rows), max(stop - start for (start, stop), _ in rows), dtype=torch.long)
+            keys = torch.zeros(len(rows), max(stretch.num_keys for stretch in self.stretches), dtype=torch.long)
+            first = torch.zeros(len(rows), 1, dtype=torch.long)
+            real = torch.zeros_like(queries, dtype=torch.bool)
+            for row, ((start, stop), stretch) in enumerate(rows):
+                queries[row, : stop - start] = torch.arange(start, stop)
+                real[row, : stop - start] = True
+                shared = torch.arange(stretch.shared_start, stretch.shared_stop)
+                own = torch.arange(stretch.start, stretch.stop)
+                keys[row, : stretch.num_keys] = torch.cat([shared, own])
+                first[row] = stretch.num_keys - (stop - start)
+            places = real.flatten().nonzero()[:, 0]
+            self._tensors["indices"] = [part.to(like.device) for part in (queries, keys, places, first)]
+        queries, keys, places, first = self._tensors["indices"]
+        key = ("mask", window, like.dtype)
+        if key not in self._tensors:
+            position = first[:, :, None] + torch.arange(queries.shape[1], device=like.device)[:, None]
+            visible = _visible(position, torch.arange(keys.shape[1], device=like.device), window)
+            self._tensors[key] = _additive(visible, like)[:, None]
+        return queries, keys, places, self._tensors[key]
+
+
+def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    visible = key <= query
+    return visible if window is None else visible & (query - key < window)
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        ~visible, torch.finfo(like.dtype).min
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prompt_layout: Layout,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed sequence: queries `[1, H, T, D]`, the result `[1, T, H, D]`.
+
+    It hands each stretch to the model's own attention, so whatever that does (soft-capping, sinks, windows) happens.
+    """
+    inner = _own_attention(prompt_layout.attention, type(module).__module__)
+    window = options.get("sliding_window")
+    if query.device.type != "cpu":
+        queries, keys, places, mask = prompt_layout.padded(window, query)
+        taken = (part[0][:, index].transpose(0, 1) for part, index in ((query, queries), (key, keys), (value, keys)))
+        output = inner(module, *taken, mask, **options)[0]
+        return output.flatten(0, 1)[places][None], None
+    # On a CPU a call costs little and padding much.
+    triangle = prompt_layout.triangle(window, query)
+    outputs = []
+    for stretch in prompt_layout.stretches:
+        start, stop = prompt_layout.queries(stretch)
+        if start == stop:
+            continue
+        keys, values = (_seen(part, stretch) for part in (key, value))
+        seen = stretch.num_keys
+        mask = triangle[None, None, seen - (stop - start) : seen, :seen]
+        outputs.append(inner(module, query[:, :, start:stop], keys, values, mask, **options)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _seen(part: Tensor, stretch: Stretch) -> Tensor:
+    own = part[:, :, stretch.start : stretch.stop]
+    if stretch.shared_start == stretch.shared_stop:
+        return own
+    return torch.cat([part[:, :, stretch.shared_start : stretch.shared_stop], own], dim=2)
+
+
+@cache
+def _own_attention(attention: str, module: str) -> Callable:
+    return sdpa_attention_forward if attention == "sdpa" else sys.modules[module].eager_attention_forward
+
+
+AttentionInterface.register(NAME, attend)
+
+
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether rows can run as one sequence: positions can be given, and attention is transformers' and replaceable."""
+    config = model.config.get_text_config()
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and config._attn_implementation in ("sdpa", "eager")
+        and getattr(config, "attention_chunk_size", None) is None
+        and "position_ids" in inspect.signature(model.base_model.forward).parameters
+    )
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[str]:
+    """Have the model attend by a `Layout` while this lasts; gives the name of its own attention."""
+    config = model.config.get_text_config()
+    own = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield own
+    finally:
+        config._attn_implementation = own
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch's text as one sequence.
+
+    Args:
+        tokens: Where each of the sequence's text tokens stands in the flattened batch, a tensor for each prompt.
+        position_ids: Positions of the whole sequence, shape `[1, T]`.
+        stretches: For the `Layout`.
+        starts: Where each prompt starts.
+        predictors: Where the hidden state that predicts each supervised token stands, shape `[N]`.
+    """
+
+    tokens: list[Tensor]
+    position_ids: Tensor
+    stretches: list[Stretch]
+    starts: list[int]
+    predictors: Tensor
+
+
+def pack(text: Text, supervision: Supervision, prompts: list[tuple[int, list[int]]]) -> Packed:
+    """Lay a batch out: each prompt, the text its rows begin with alike, then what each row goes on with.
+
+    Positions that predict nothing supervised, padding and what follows the last answer, are left out. Tokens that all
+    rows begin with see the same text, so they are computed once, as the prompt is.
+
+    Args:
+        text: Its mask and positions without the prompt.
+        supervision: Whose predictors are to be found.
+        prompts: Number of virtual tokens and rows of each prompt.
+    """
+    kept = _needed(text, supervision)
+    rank = kept.long().cumsum(1) - 1
+    lengths = kept.sum(1).tolist()
+    rows = kept.flatten().nonzero()[:, 0].split(lengths)
+    common = _common_start(text, rows, lengths)
+    tokens, stretches, positions, starts = [], [], [], []
+    row_start, group_start = torch.zeros(2, len(lengths), dtype=torch.long).unbind()
+    cursor = 0
+    for count, members in prompts:
+        parts = [rows[members[0]][:common], *(rows[row][common:] for row in members)]
+        tokens.append(torch.cat(parts))
+        start, shared = cursor, cursor + count + common
+        stretches.append(Stretch(start, shared, start, start))
+        starts.append(start)
+        cursor = shared
+        for row, part in zip(members, parts[1:], strict=True):
+            group_start[row], row_start[row] = start + count, cursor
+            if len(part):
+                stretches.append(Stretch(cursor, cursor + len(part), start, shared))
+            cursor += len(part)
+        given = rank if text.position_ids is None else text.position_ids
+        virtual = torch.arange(count, device=rank.device)
+        positions += [virtual, given.expand_as(rank).flatten()[tokens[-1]] + count]
+    of_rows = rank[supervision.rows, supervision.predictors.clamp_min(0)]
+    of_rows = of_rows.masked_fill(supervision.predictors < 0, -1)
+    group_start, row_start = (part.to(rank.device)[supervision.rows] for part in (group_start, row_start))
+    predictors = torch.where(of_rows < common, group_start + of_rows, row_start + of_rows - common)
+    return Packed(tokens, torch.cat(positions)[None], stretches, starts, predictors)
+
+
+def _needed(text: Text, supervision: Supervision) -> Tensor:
+    """Which tokens `[B, L]` are text and come before a supervised token of their row."""
+    device = supervision.rows.device
+    last = torch.zeros(text.batch_size, dtype=torch.long, device=device)
+    last = last.scatter_reduce(0, supervision.rows, supervision.predictors + 1, "amax")
+    needed = torch.arange(text.length, device=device) < last[:, None]
+    return needed if text.attention_mask is None else needed & text.attention_mask.bool()
+
+
+def _common_start(text: Text, rows: tuple[Tensor, ...], lengths: list[int]) -> int:
+    """How many tokens all rows begin with alike."""
+    shortest = min(lengths)
+    if text.input_ids is None or text.position_ids is not None or len(lengths) < 2 or shortest == 0:
+        return 0
+    starts = text.input_ids.flatten()[torch.stack([row[:shortest] for row in rows])]
+    return int((starts == starts[:1]).all(0).long().cumprod(0).sum())
