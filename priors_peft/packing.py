@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -21,16 +23,10 @@ NAME = "priors_peft_packed"
 
 @dataclass(frozen=True)
 class Stretch:
-    """Positions `start` to `stop` of the keys, which see `shared_start` to `shared_stop` and, causally, themselves."""
+    """A run of `length` positions that see an earlier stretch, if there is one to share, and, causally, themselves."""
 
-    start: int
-    stop: int
-    shared_start: int
-    shared_stop: int
-
-    @property
-    def num_keys(self) -> int:
-        return self.shared_stop - self.shared_start + self.stop - self.start
+    length: int
+    shared: int | None = None
 
 
 @dataclass
@@ -39,7 +35,7 @@ class Layout:
 
     Args:
         stretches: In the order of the sequence.
-        cached: How many of the first keys come from a cache: they have no queries.
+        cached: How many of the first stretch's keys come from a cache: they have no queries.
         attention: The model's own attention, `"sdpa"` or `"eager"`.
     """
 
@@ -48,43 +44,50 @@ class Layout:
     attention: str
     _tensors: dict[Any, Any] = field(default_factory=dict)
 
-    def queries(self, stretch: Stretch) -> tuple[int, int]:
-        """First and last query of a stretch, the last exclusive."""
-        return max(0, stretch.start - self.cached), stretch.stop - self.cached
+    @property
+    def keys(self) -> list[int]:
+        """Number of keys of each stretch."""
+        return [stretch.length for stretch in self.stretches]
+
+    @property
+    def queries(self) -> list[int]:
+        """Number of queries of each stretch."""
+        return [self.stretches[0].length - self.cached, *self.keys[1:]]
+
+    @property
+    def seen(self) -> list[int]:
+        """Number of keys that each stretch's last position sees."""
+        keys = self.keys
+        return [s.length + (0 if s.shared is None else keys[s.shared]) for s in self.stretches]
 
     def triangle(self, window: int | None, like: Tensor) -> Tensor:
         """Additive causal mask for as many positions as any stretch sees; the masks of all are parts of it."""
-        key = ("triangle", window, like.dtype)
+        key = ("triangle", window)
         if key not in self._tensors:
-            size = max(stretch.num_keys for stretch in self.stretches)
-            position = torch.arange(size, device=like.device)
-            self._tensors[key] = _additive(_visible(position[:, None], position[None], window), like)
+            position = torch.arange(max(self.seen), device=like.device)
+            self._tensors[key] = _additive(_visible(position[:, None], position, window), like)
         return self._tensors[key]
 
     def padded(self, window: int | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stretches as the rows of one batch: query and key indices, where queries go back to, additive mask."""
         if "indices" not in self._tensors:
-            rows = [(self.queries(stretch), stretch) for stretch in self.stretches]
-            queries = torch.zeros(len(rows), max(stop - start for (start, stop), _ in rows), dtype=torch.long)
-            keys = torch.zeros(len(rows), max(stretch.num_keys for stretch in self.stretches), dtype=torch.long)
-            first = torch.zeros(len(rows), 1, dtype=torch.long)
-            real = torch.zeros_like(queries, dtype=torch.bool)
-            for row, ((start, stop), stretch) in enumerate(rows):
-                queries[row, : stop - start] = torch.arange(start, stop)
-                real[row, : stop - start] = True
-                shared = torch.arange(stretch.shared_start, stretch.shared_stop)
-                own = torch.arange(stretch.start, stretch.stop)
-                keys[row, : stretch.num_keys] = torch.cat([shared, own])
-                first[row] = stretch.num_keys - (stop - start)
-            places = real.flatten().nonzero()[:, 0]
-            self._tensors["indices"] = [part.to(like.device) for part in (queries, keys, places, first)]
+            every = [range(start, stop) for start, stop in pairwise(accumulate(self.keys, initial=0))]
+            seen = [
+                [*(() if s.shared is None else every[s.shared]), *own]
+                for s, own in zip(self.stretches, every, strict=True)
+            ]
+            asked = [[key - self.cached for key in own if key >= self.cached] for own in every]
+            queries, keys = (pad_sequence([torch.tensor(row) for row in part], True) for part in (asked, seen))
+            real = torch.arange(queries.shape[1]) < torch.tensor(self.queries)[:, None]
+            first = torch.tensor(self.seen) - torch.tensor(self.queries)
+            parts = (queries.long(), keys, real.flatten().nonzero()[:, 0], first)
+            self._tensors["indices"] = [part.to(like.device) for part in parts]
         queries, keys, places, first = self._tensors["indices"]
-        key = ("mask", window, like.dtype)
-        if key not in self._tensors:
-            position = first[:, :, None] + torch.arange(queries.shape[1], device=like.device)[:, None]
+        if window not in self._tensors:
+            position = first[:, None, None] + torch.arange(queries.shape[1], device=like.device)[:, None]
             visible = _visible(position, torch.arange(keys.shape[1], device=like.device), window)
-            self._tensors[key] = _additive(visible, like)[:, None]
-        return queries, keys, places, self._tensors[key]
+            self._tensors[window] = _additive(visible, like)[:, None]
+        return queries, keys, places, self._tensors[window]
 
 
 def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -118,25 +121,20 @@ def attend(
         taken = (part[0][:, index].transpose(0, 1) for part, index in ((query, queries), (key, keys), (value, keys)))
         output = inner(module, *taken, mask, **options)[0]
         return output.flatten(0, 1)[places][None], None
-    # On a CPU a call costs little and padding much.
-    triangle = prompt_layout.triangle(window, query)
+    # On a CPU a call costs little and padding much. Split, as each slice's gradient would be as large as the whole.
+    triangle, layout = prompt_layout.triangle(window, query), prompt_layout
+    keys, values = (part.split(layout.keys, dim=2) for part in (key, value))
     outputs = []
-    for stretch in prompt_layout.stretches:
-        start, stop = prompt_layout.queries(stretch)
-        if start == stop:
-            continue
-        keys, values = (_seen(part, stretch) for part in (key, value))
-        seen = stretch.num_keys
-        mask = triangle[None, None, seen - (stop - start) : seen, :seen]
-        outputs.append(inner(module, query[:, :, start:stop], keys, values, mask, **options)[0])
+    for index, (stretch, part, seen) in enumerate(
+        zip(layout.stretches, query.split(layout.queries, dim=2), layout.seen, strict=True)
+    ):
+        count = part.shape[2]
+        if count:
+            mask = triangle[None, None, seen - count : seen, :seen]
+            chosen = [index] if stretch.shared is None else [stretch.shared, index]
+            seen_keys, seen_values = (torch.cat([of[i] for i in chosen], dim=2) for of in (keys, values))
+            outputs.append(inner(module, part, seen_keys, seen_values, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
-
-
-def _seen(part: Tensor, stretch: Stretch) -> Tensor:
-    own = part[:, :, stretch.start : stretch.stop]
-    if stretch.shared_start == stretch.shared_stop:
-        return own
-    return torch.cat([part[:, :, stretch.shared_start : stretch.shared_stop], own], dim=2)
 
 
 @cache
@@ -212,13 +210,13 @@ def pack(text: Text, supervision: Supervision, prompts: list[tuple[int, list[int
         parts = [rows[members[0]][:common], *(rows[row][common:] for row in members)]
         tokens.append(torch.cat(parts))
         start, shared = cursor, cursor + count + common
-        stretches.append(Stretch(start, shared, start, start))
         starts.append(start)
-        cursor = shared
+        cursor, of_prompt = shared, len(stretches)
+        stretches.append(Stretch(count + common))
         for row, part in zip(members, parts[1:], strict=True):
             group_start[row], row_start[row] = start + count, cursor
             if len(part):
-                stretches.append(Stretch(cursor, cursor + len(part), start, shared))
+                stretches.append(Stretch(len(part), of_prompt))
             cursor += len(part)
         given = rank if text.position_ids is None else text.position_ids
         virtual = torch.arange(count, device=rank.device)
