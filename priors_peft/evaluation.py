@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ def answer(
         groups[len(prompt)].append(index)
     total, tokens = 0.0, 0
     predictions = [""] * len(rows)
-    with tqdm(total=len(rows), desc=desc, leave=False) as progress:
+    cached_prompt = getattr(model, "cached_prompt", nullcontext)
+    with cached_prompt(), tqdm(total=len(rows), desc=desc, leave=False) as progress:
         for length, group in sorted(groups.items()):
             for start in range(0, len(group), batch_size):
                 chunk = group[start : start + batch_size]

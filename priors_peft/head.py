@@ -69,9 +69,8 @@ class _ChunkedNLL(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 chunk = chunk.detach().requires_grad_(wanted)
                 nll = _nll(model, chunk, part)
+                gradients += torch.autograd.grad(nll.sum(), chunk) if wanted else ()
             values.append(nll.detach())
-            if wanted:
-                gradients += torch.autograd.grad(nll.sum(), chunk)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)

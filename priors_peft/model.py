@@ -237,7 +237,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         supervision = None if labels is None else Supervision.of(labels, attention_mask)
         whole = return_logits if return_logits is not None else (labels is None or not self.training)
         result = PriorCausalLMOutput()
-        if supervision is not None and not whole and self._packs(kwargs):
+        extras = any(kwargs.get(name) for name in _EXTRAS)
+        if supervision is not None and not (whole or extras) and self.packs(self.training):
             state = self._packable_state(prompts)
             states = packed_pass(self.base_model, list(prompts.values()), state, text, supervision, kwargs)
         else:
@@ -260,7 +261,12 @@ class PriorPeftModel(PeftModelForCausalLM):
             count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
             result.loss = nll.sum() / count
             if self.training and any(self.peft_config[name].prior_weight for name in prompts):
-                scores = [self.prompt_encoder[name].log_prob(prompt.theta) for name, prompt in prompts.items()]
+                scores = [
+                    self.prompt_encoder[name].log_prob(prompt.theta)
+                    if self.peft_config[name].prior_weight
+                    else prompt.theta.new_zeros(())
+                    for name, prompt in prompts.items()
+                ]
                 result.log_prior = scores[0] if adapter_names is None else torch.stack(scores)
         return result if return_dict is not False else result.to_tuple()
 
@@ -288,7 +294,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         """Final hidden states `[B, 1 + L, d]`, the last virtual token's first; fills in what else was asked for."""
 
         def run(name: str, prompt: Prompt, text: Text) -> Any:
-            if self._concatenates():
+            if self._concatenates(self.training):
                 return concatenated_pass(self.base_model, prompt, text, options)
             return cached_pass(self.base_model, self._state(name, prompt), text, options)
 
@@ -345,15 +351,13 @@ class PriorPeftModel(PeftModelForCausalLM):
             **options,
         )
 
-    def _concatenates(self) -> bool:
-        """Whether prompt and text must run as one padded sequence; with `_packs` where the way through is decided."""
-        return not self._takes_cache or (self.training and self.base_model.is_activation_checkpointing)
+    def packs(self, training: bool) -> bool:
+        """Whether a loss is computed on rows as one sequence without padding, in training or evaluation."""
+        return not self._concatenates(training) and supports_packing(self.base_model)
 
-    def _packs(self, options: dict[str, Any]) -> bool:
-        """Whether rows can run as one sequence without padding."""
-        return not (self._concatenates() or any(options.get(name) for name in _EXTRAS)) and supports_packing(
-            self.base_model
-        )
+    def _concatenates(self, training: bool) -> bool:
+        """Whether prompt and text must run as one padded sequence; with `packs` where the way through is decided."""
+        return not self._takes_cache or (training and self.base_model.is_activation_checkpointing)
 
     def _check_text(self, text: Text, num_virtual_tokens: int) -> None:
         config = self.base_model.config.get_text_config()
@@ -390,7 +394,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         prompt, rows = self.prompt(self.active_adapter), Text(input_ids, embeddings, mask, None)
         self._check_text(rows, prompt.length)
         kwargs["attention_mask"] = extended_mask(mask, prompt.length)
-        if self._concatenates():
+        if self._concatenates(self.training):
             kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
             with deep_prompts(base, [(0, prompt)]):
                 generated = base.generate(**kwargs)

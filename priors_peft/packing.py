@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -115,26 +115,35 @@ def attend(
     It hands each stretch to the model's own attention, so whatever that does (soft-capping, sinks, windows) happens.
     """
     inner = _own_attention(prompt_layout.attention, type(module).__module__)
-    window = options.get("sliding_window")
-    if query.device.type != "cpu":
-        queries, keys, places, mask = prompt_layout.padded(window, query)
-        taken = (part[0][:, index].transpose(0, 1) for part, index in ((query, queries), (key, keys), (value, keys)))
-        output = inner(module, *taken, mask, **options)[0]
-        return output.flatten(0, 1)[places][None], None
-    # On a CPU a call costs little and padding much. Split, as each slice's gradient would be as large as the whole.
-    triangle, layout = prompt_layout.triangle(window, query), prompt_layout
+    # On a CPU a call costs little and padding much, on an accelerator it is the other way round.
+    through = _one_by_one if query.device.type == "cpu" else _at_once
+    return through(
+        partial(inner, module, **options), query, key, value, prompt_layout, options.get("sliding_window")
+    ), None
+
+
+def _one_by_one(
+    inner: Callable, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None
+) -> Tensor:
+    triangle = layout.triangle(window, query)
+    # Split, as each slice's gradient would be as large as the whole.
+    queries = query.split(layout.queries, dim=2)
     keys, values = (part.split(layout.keys, dim=2) for part in (key, value))
     outputs = []
-    for index, (stretch, part, seen) in enumerate(
-        zip(layout.stretches, query.split(layout.queries, dim=2), layout.seen, strict=True)
-    ):
-        count = part.shape[2]
+    for index, (stretch, seen) in enumerate(zip(layout.stretches, layout.seen, strict=True)):
+        count = queries[index].shape[2]
         if count:
             mask = triangle[None, None, seen - count : seen, :seen]
             chosen = [index] if stretch.shared is None else [stretch.shared, index]
             seen_keys, seen_values = (torch.cat([of[i] for i in chosen], dim=2) for of in (keys, values))
-            outputs.append(inner(module, part, seen_keys, seen_values, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
+            outputs.append(inner(queries[index], seen_keys, seen_values, mask)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _at_once(inner: Callable, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
+    queries, keys, places, mask = layout.padded(window, query)
+    parts = (part[0][:, index].transpose(0, 1) for part, index in ((query, queries), (key, keys), (value, keys)))
+    return inner(*parts, mask)[0].flatten(0, 1)[places][None]
 
 
 @cache
@@ -203,7 +212,8 @@ def pack(text: Text, supervision: Supervision, prompts: list[tuple[int, list[int
     lengths = kept.sum(1).tolist()
     rows = kept.flatten().nonzero()[:, 0].split(lengths)
     common = _common_start(text, rows, lengths)
-    tokens, stretches, positions, starts = [], [], [], []
+    stretches: list[Stretch] = []
+    tokens, positions, starts = [], [], []
     row_start, group_start = torch.zeros(2, len(lengths), dtype=torch.long).unbind()
     cursor = 0
     for count, members in prompts:

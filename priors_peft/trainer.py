@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,8 @@ class PriorTrainingArguments(TrainingArguments):
         max_length: Most tokens of a row, virtual tokens not counted; the model's context less the prompt if None.
         max_new_tokens: Most tokens generated for an answer in evaluation.
         prior_weight_schedule: How `prior_weight` changes in training, see `inference.map.weight_factor`.
+        train_sampling_strategy: `"random"` if None, or `"group_by_length"` where rows must be padded (ALiBi models,
+            gradient checkpointing).
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -56,6 +58,10 @@ class PriorTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row, without virtual tokens"})
     max_new_tokens: int = field(default=32, metadata={"help": "Most tokens generated for an answer in evaluation"})
+    train_sampling_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "random if unset, or group_by_length for models whose rows must be padded"},
+    )
     hub_strategy: str = field(default="end", metadata={"help": "When to push; checkpoints lack the sidecars"})
     prior_weight_schedule: str = field(
         default="constant", metadata={"help": "How prior_weight changes: constant, linear, cosine or cyclical"}
@@ -74,8 +80,8 @@ class PriorCallback(TrainerCallback):
 
     `prior/log_prob` (nats), `prior/weight`, `prior/effective_rank` and `prior/mean_pairwise_cosine` (mean over
     layers), `prior/drift` (from the initial prompt, in prior standard deviations): of the prompt after the step, where
-    the losses beside them were computed before it. `PriorTrainer` adds it; another
-    `Trainer` of a `PriorPeftModel` can too, before the callbacks that report.
+    the losses beside them were computed before it. Where several prompts are trained, each figure's name ends with the
+    prompt's. `PriorTrainer` adds it; another `Trainer` of a `PriorPeftModel` can too, before the callbacks that report.
     """
 
     @torch.no_grad()
@@ -91,15 +97,18 @@ class PriorCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         model = getattr(model, "module", model)
-        encoder = model.prompt_encoder[model.active_adapter]
-        prompt = encoder()
-        figures = {"prior/log_prob": encoder.log_prob(prompt).item()} if encoder.has_density else {}
-        figures |= {
-            "prior/weight": weight_at(model.active_peft_config.prior_weight, args, state),
-            "prior/effective_rank": effective_rank(prompt).mean().item(),
-            "prior/mean_pairwise_cosine": mean_pairwise_cosine(prompt).mean().item(),
-            "prior/drift": encoder.drift(prompt).item(),
-        }
+        figures: dict[str, float] = {}
+        trained = [name for name in model.peft_config if model.prompt_encoder[name].coordinate.requires_grad]
+        for name in trained:
+            encoder, prompt = model.prompt_encoder[name], model.prompt_encoder[name]()
+            of_prompt = {"log_prob": encoder.log_prob(prompt).item()} if encoder.has_density else {}
+            of_prompt |= {
+                "weight": weight_at(model.peft_config[name].prior_weight, args, state),
+                "effective_rank": effective_rank(prompt).mean().item(),
+                "mean_pairwise_cosine": mean_pairwise_cosine(prompt).mean().item(),
+                "drift": encoder.drift(prompt).item(),
+            }
+            figures |= {f"prior/{key}" + _suffix(name, trained): value for key, value in of_prompt.items()}
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
@@ -111,6 +120,9 @@ class PriorTrainer(Trainer):
     N is the number of supervised tokens in the training set, so `prior_weight=1` is the exact MAP estimate. The
     gradient is the same for any number of accumulation steps and processes.
 
+    Several prompts of one model can be trained at once: every batch goes through the frozen model once, with each of
+    them, and each becomes what it would have become alone. Figures are then logged for each, `loss` is their mean.
+
     Args:
         model: From `get_prior_model` or `PriorPeftModel.from_pretrained(..., is_trainable=True)`.
         args: The training arguments.
@@ -119,6 +131,8 @@ class PriorTrainer(Trainer):
         processing_class: The base model's tokenizer.
         compute_metrics: Takes an `EvalPrediction` whose predictions are generated token ids and whose label ids are
             −100 outside the answer, and returns figures. If given, evaluation generates an answer for each row.
+        adapter_names: The prompts to train; the active one if None.
+        learning_rates: Of prompts that differ from `args.learning_rate`.
         **kwargs: The rest of `Trainer`'s arguments.
 
     Raises:
@@ -137,6 +151,8 @@ class PriorTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        adapter_names: Sequence[str] | None = None,
+        learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, PriorPeftModel):
@@ -151,15 +167,22 @@ class PriorTrainer(Trainer):
             saved = sum(part.numel() * part.element_size() for part in state)
             saved += 16 * sum(part.numel() for part in model.prompt_encoder.parameters())
             check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
-        config = model.active_peft_config
-        if args.learning_rate is None:
-            priors = model.prompt_encoder[model.active_adapter].priors
-            scale = 1.0 if config.coordinates == "whitened" else _mean_scale(priors)
-            args.learning_rate = WHITENED_LEARNING_RATE * scale
+        self.adapter_names = list(adapter_names or [model.active_adapter])
+        _check_adapters(model, self.adapter_names, learning_rates, args)
+        rates = {name: args.learning_rate or _learning_rate(model, name) for name in self.adapter_names}
+        self.learning_rates = rates | (learning_rates or {})
+        args.learning_rate = self.learning_rates[self.adapter_names[0]]
+        for name in model.peft_config:
+            model.set_requires_grad(name, name in self.adapter_names)
+        if args.train_sampling_strategy is None:
+            packs = model.packs(training=True) and not args.gradient_checkpointing
+            streams = train_dataset is not None and not hasattr(train_dataset, "__len__")
+            args.train_sampling_strategy = "random" if packs or streams else "group_by_length"
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         context = getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)
-        length = args.max_length or (context and context - config.num_virtual_tokens)
+        configs = [model.peft_config[name] for name in self.adapter_names]
+        length = args.max_length or (context and context - max(config.num_virtual_tokens for config in configs))
         self._max_length = length
         self._encode = encode = partial(tokenize, tokenizer=processing_class, max_length=length)
         train_dataset = None if train_dataset is None else encode(train_dataset)
@@ -167,7 +190,8 @@ class PriorTrainer(Trainer):
             eval_dataset = {name: encode(part) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = encode(eval_dataset)
-        self.num_supervised_tokens = self._count(train_dataset, config.prior_weight)
+        weighed = next((config.prior_weight for config in configs if config.prior_weight), 0.0)
+        self.num_supervised_tokens = self._count(train_dataset, weighed)
         kwargs.setdefault("data_collator", DataCollatorForSeq2Seq(processing_class, label_pad_token_id=IGNORED))
         super().__init__(
             model,
@@ -183,8 +207,10 @@ class PriorTrainer(Trainer):
         self._loss_shifts_labels = False
         # First, so that what reports (TensorBoard and the like) sees the figures.
         self.callback_handler.callbacks.insert(0, PriorCallback())
+        if len(self.adapter_names) > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
         self._nll: Tensor | float = 0.0
-        self._step_nll = torch.zeros(())
+        self._step_nll = torch.zeros(len(self.adapter_names))
         self._logged_step: int | None = None
 
     @staticmethod
@@ -231,36 +257,71 @@ class PriorTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's share of one micro-batch on one process, whose sum is then the objective exactly once."""
+        names = self.adapter_names
+        if self.model.training and len(names) > 1:
+            rows = len(inputs["input_ids"])
+            inputs = {key: value.repeat(len(names), *[1] * (value.ndim - 1)) for key, value in inputs.items()}
+            inputs["adapter_names"] = [name for name in names for _ in range(rows)]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.model.training:
             if self._logged_step is None:
                 self._logged_step = self.state.global_step
             # Losses of micro-batches are shares of the whole batch's mean and add up, over processes too.
-            self._step_nll = loss.detach()
+            nll = outputs.row_nll.view(len(names), -1).sum(1)
+            self._step_nll = loss.detach() * nll / nll.sum() if len(names) > 1 else loss.detach()[None]
             self._nll = self._nll + self._step_nll
-            weight = weight_at(self.model.active_peft_config.prior_weight, self.args, self.state)
-            if weight and self.num_supervised_tokens:
-                share = weight / self.num_supervised_tokens / self.current_gradient_accumulation_steps
-                loss = loss - share * outputs.log_prior
+            weights = [weight_at(self.model.peft_config[name].prior_weight, self.args, self.state) for name in names]
+            if any(weights) and self.num_supervised_tokens:
+                share = torch.tensor(weights, device=loss.device) / self.num_supervised_tokens
+                loss = loss - (share * outputs.log_prior).sum() / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s; each of several prompts has its own learning rate."""
+        if getattr(self, "optimizer", None) is None and len(self.adapter_names) > 1:
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = [
+                {"params": list(self.model.prompt_encoder[name].parameters()), "lr": self.learning_rates[name]}
+                for name in self.adapter_names
+            ]
+            self.optimizer = optimizer(groups, **options | {"weight_decay": self.args.weight_decay})
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if len(self.adapter_names) == 1:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        norms = [
+            torch.nn.utils.clip_grad_norm_(self.model.prompt_encoder[name].parameters(), self.args.max_grad_norm)
+            for name in self.adapter_names
+        ]
+        return torch.stack(norms).norm()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name in self.adapter_names:
+            self.model.set_requires_grad(name, True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # The likelihood alone: inside an exclusion prior's region −log p(θ) is infinite, and its gradient leads out.
-        if not torch.isfinite(self._step_nll):
+        if not torch.isfinite(self._step_nll).all():
             checkpoint = last_checkpoint(self.args.output_dir)
             kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
             raise FloatingPointError(
-                f"the loss became {self._step_nll.item()} after step {self.state.global_step}; training was stopped before the "
+                f"the loss became {self._step_nll.sum().item()} after step {self.state.global_step}; training was stopped before the "
                 f"prompt was changed by it, and {kept}. Lower learning_rate ({self.args.learning_rate}) and resume"
             )
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._logged_step is not None:
-            nll = torch.as_tensor(self._nll, device=self.args.device).float()
+            names = self.adapter_names
+            nll = self.accelerator.reduce(torch.as_tensor(self._nll, device=self.args.device).float(), "mean")
             steps = max(1, self.state.global_step - self._logged_step)
-            logs["prior/nll"] = self.accelerator.reduce(nll, "mean").item() / steps
+            for name, of_prompt in zip(names, nll.tolist(), strict=True):
+                logs["prior/nll" + _suffix(name, names)] = of_prompt / steps
+            logs["loss"] /= len(names)
             self._nll, self._logged_step = 0.0, self.state.global_step
         super().log(logs, start_time)
 
@@ -297,13 +358,27 @@ class PriorTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """`Trainer`'s loop, with a loss that is exact: nats per supervised token over all rows, not a mean of means."""
-        users_metrics = self.compute_metrics
-        self.compute_metrics = partial(_figures, users_metrics=users_metrics)
+        users_metrics, active = self.compute_metrics, self.model.active_adapter
+        order = _by_length(dataloader.dataset)
+        self.compute_metrics = partial(_figures, users_metrics=users_metrics, order=order)
+        figures: dict[str, float] = {}
         try:
-            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+            with self.model.cached_prompt():
+                for name in self.adapter_names:
+                    self.model.active_adapter = name
+                    output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+                    for key, value in output.metrics.items():
+                        figures[key + _suffix(name, self.adapter_names)] = value
         finally:
-            self.compute_metrics = users_metrics
-        return output._replace(predictions=_generated(output.predictions))
+            self.compute_metrics, self.model.active_adapter = users_metrics, active
+        if len(self.adapter_names) > 1:
+            losses = [value for key, value in figures.items() if key.startswith(f"{metric_key_prefix}_loss/")]
+            figures[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        answers, labels = (_in_order(part, order) for part in (_generated(output.predictions), output.label_ids))
+        return output._replace(predictions=answers, label_ids=labels, metrics=figures)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return _by_length(eval_dataset)
 
     def prediction_step(
         self,
@@ -366,18 +441,54 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
 
 
-def _mean_scale(priors: Any) -> float:
-    return float(torch.stack([prior.scale_tril.square().sum(-1).mean().sqrt() for prior in priors]).mean())
+def _check_adapters(
+    model: PriorPeftModel, names: list[str], rates: dict[str, float] | None, args: TrainingArguments
+) -> None:
+    for argument, given in (("adapter_names", names), ("learning_rates", rates or {})):
+        valid = list(model.peft_config) if argument == "adapter_names" else names
+        if not set(given) <= set(valid) or len(set(given)) != len(given):
+            raise ValueError(f"{argument} must name prompts among {valid}, each once, got {list(given)}")
+    if len(names) > 1:
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end must be False for several adapter_names, whose best steps differ")
+        if any(model.peft_config[name].prior_weight == "auto" for name in names):
+            raise ValueError('prior_weight must be a number for several adapter_names, got "auto"')
+
+
+def _learning_rate(model: PriorPeftModel, name: str) -> float:
+    if model.peft_config[name].coordinates == "whitened":
+        return WHITENED_LEARNING_RATE
+    scales = [prior.scale_tril.square().sum(-1).mean().sqrt() for prior in model.prompt_encoder[name].priors]
+    return WHITENED_LEARNING_RATE * float(torch.stack(scales).mean())
+
+
+def _suffix(name: str, names: Sequence[str]) -> str:
+    return f"/{name}" if len(names) > 1 else ""
+
+
+def _by_length(dataset: Any) -> list[int] | None:
+    """Rows from the longest to the shortest, so that rows that are decoded together need little padding."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    lengths = [len(row) for row in dataset["input_ids"]]
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+
+def _in_order(rows: Any, order: list[int] | None) -> Any:
+    """Rows that came by length, in the data set's order."""
+    return rows if rows is None or order is None else rows[np.argsort(order)]
 
 
 def _figures(
-    prediction: EvalPrediction, users_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    prediction: EvalPrediction,
+    users_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    order: list[int] | None,
 ) -> dict[str, float]:
     nll, tokens = prediction.predictions[:2]
     figures = {"loss": float(np.sum(nll, dtype=np.float64) / max(1, np.sum(tokens)))}
     if users_metrics is not None:
-        answers = EvalPrediction(predictions=_generated(prediction.predictions), label_ids=prediction.label_ids)
-        figures |= users_metrics(answers)
+        answers, labels = _generated(prediction.predictions), prediction.label_ids
+        figures |= users_metrics(EvalPrediction(_in_order(answers, order), _in_order(labels, order)))
     return figures
 
 

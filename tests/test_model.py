@@ -120,7 +120,7 @@ def test_concatenating_path_gives_the_same_gradient(architecture, shape):
             model.base_model.activation_checkpointing_enable()
         model.train()
         without_dropout(model)
-        assert model._concatenates() == checkpointing
+        assert model._concatenates(training=True) == checkpointing
         return gradient(model, model.prompt_encoder["default"].coordinate, **batch())
 
     (loss, grads), (other_loss, other_grads) = build(False), build(True)
