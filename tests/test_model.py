@@ -308,3 +308,35 @@ def test_bad_base_models_are_refused():
 def test_the_grid_covers_grouped_query_and_sliding_attention():
     assert CONFIGS["llama"].num_key_value_heads < CONFIGS["llama"].num_attention_heads
     assert "sliding_attention" in CONFIGS["gemma2"].layer_types
+
+
+def test_a_kept_prompt_runs_once_and_again_when_it_changed(architecture, monkeypatch):
+    from priors_peft import model as module
+
+    passes = []
+    monkeypatch.setattr(module, "prompt_pass", lambda *given: passes.append(given) or prompt_pass(*given))
+    model = get_prior_model(make_model(architecture), PriorConfig(**GAUSSIAN))
+    model.add_adapter("other", PriorConfig(**GAUSSIAN | {"seed": 1}))
+    ids = batch(2, 5)["input_ids"]
+    arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+    def outputs():
+        with torch.no_grad():
+            return model(input_ids=ids).logits, model.generate(input_ids=ids, **arguments)
+
+    expected = outputs()
+    passes.clear()
+    with model.cached_prompt():
+        for _ in range(2):
+            assert all(torch.equal(*pair) for pair in zip(outputs(), expected, strict=True))
+        assert len(passes) == 1
+        model.set_adapter("other")
+        assert not torch.equal(outputs()[0], expected[0]) and len(passes) == 2
+        model.set_adapter("default")
+        assert torch.equal(outputs()[0], expected[0]) and len(passes) == 2
+        encoder = model.prompt_encoder["default"]
+        encoder.set_prompt(encoder() + 1)
+        assert not torch.equal(outputs()[0], expected[0]) and len(passes) == 3
+        assert model(**batch()).loss.requires_grad and len(passes) == 4  # gradients need a pass of their own
+    outputs()
+    assert len(passes) == 6

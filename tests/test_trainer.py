@@ -147,6 +147,39 @@ def test_evaluation_is_exact_and_generates(tmp_path):
     assert tokenizer.batch_decode(generated.clip(0), skip_special_tokens=True) == by_hand.predictions
 
 
+def test_rows_are_evaluated_by_length_and_come_back_in_order(tmp_path, monkeypatch):
+    rows = [{"prompt": "1 " * length + "plus", "completion": f" {length}"} for length in (2, 9, 4, 7, 1)]
+    tokenizer, seen, widths = make_tokenizer(), [], []
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2, compute_metrics=None, max_new_tokens=2)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction) or {}
+    generate = trainer.model.generate
+    monkeypatch.setattr(
+        trainer.model, "generate", lambda **given: widths.append(given["input_ids"].shape[1]) or generate(**given)
+    )
+    output = trainer.predict(rows)
+    assert widths == [10, 5, 2]
+    alone = answer(trainer.model, tokenizer, rows, max_new_tokens=2, batch_size=1)
+    for predictions, labels in ((output.predictions, output.label_ids), (seen[0].predictions, seen[0].label_ids)):
+        assert tokenizer.batch_decode(predictions.clip(0), skip_special_tokens=True) == alone.predictions
+        assert tokenizer.batch_decode(labels.clip(0), skip_special_tokens=True) == alone.references
+
+
+def test_rows_that_must_be_padded_are_grouped_by_length(tmp_path):
+    def strategy(architecture, **settings):
+        model = get_prior_model(make_model(architecture), PriorConfig(num_virtual_tokens=4))
+        return make_trainer(tmp_path, model=model, **settings).args.train_sampling_strategy
+
+    assert strategy("llama") == "random"
+    assert strategy("bloom") == strategy("llama", gradient_checkpointing=True) == "group_by_length"
+    assert strategy("bloom", train_sampling_strategy="random") == "random"
+    orders = []
+    for seed in (0, 0, 1):
+        model = get_prior_model(make_model("bloom"), PriorConfig(num_virtual_tokens=4))
+        trainer = make_trainer(tmp_path, model=model, rows=64, seed=seed)
+        orders.append([batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()])
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_early_stopping_and_the_best_model(tmp_path):
     stops = EarlyStoppingCallback(2)
     trainer = make_trainer(
