@@ -64,7 +64,8 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: PreTrainedModel, rows: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        values, gradients = [], []
+        values: list[Tensor] = []
+        gradients: list[Tensor] = []
         for chunk, part in zip(hidden.split(rows), targets.split(rows), strict=True):
             with torch.set_grad_enabled(wanted):
                 chunk = chunk.detach().requires_grad_(wanted)
