@@ -36,20 +36,27 @@ axes.axis("off")
 box(axes, 0.2, 4.9, 2.5, 1.3, "reference", "vocabulary rows,\nor a layer's activations", DATA)
 box(axes, 3.5, 4.9, 2.5, 1.3, "prior  p(θ)", "location µ, scale A\nfitted once, frozen", PRIOR)
 box(axes, 3.5, 2.65, 2.5, 1.3, "prompt  θ = µ + A z", "z: the one trained\nparameter  [S, P, d]", PARAMETER)
-box(axes, 6.9, 2.65, 2.5, 1.3, "prompt pass", "frozen model, batch 1:\ncache of P positions", FROZEN)
-box(axes, 6.9, 0.4, 2.5, 1.3, "text pass", "frozen model, batch B,\nover the expanded cache", FROZEN)
 box(axes, 3.5, 0.4, 2.5, 1.3, "batch", "input_ids, labels\n[B, L]", DATA)
-box(axes, 9.95, 0.4, 2.4, 1.3, "LM head", "supervised positions\nonly  [N, V]", FROZEN)
+box(
+    axes,
+    6.9,
+    1.3,
+    2.5,
+    1.9,
+    "one sequence",
+    "prompt, once; what all\nrows begin with, once;\nrows unpadded: each sees\nthese and itself",
+    FROZEN,
+)
+box(axes, 9.95, 1.6, 2.4, 1.3, "LM head", "supervised positions\nonly  [N, V]", FROZEN)
 box(axes, 9.95, 4.9, 2.4, 1.3, "objective", "mean NLL\n− (weight / N) · log p(θ)", RESULT)
 
 arrow(axes, (2.75, 5.55), (3.45, 5.55), "fit", (3.1, 5.75))
 arrow(axes, (4.75, 4.85), (4.75, 4.0), "draw the start", (5.5, 4.42))
-arrow(axes, (6.05, 3.3), (6.85, 3.3))
-arrow(axes, (8.15, 2.6), (8.15, 1.75), "keys and values", (9.0, 2.17))
-arrow(axes, (6.05, 1.05), (6.85, 1.05))
-arrow(axes, (9.45, 1.05), (9.9, 1.05))
-arrow(axes, (11.15, 1.75), (11.15, 4.85), "NLL", (11.45, 3.3))
+arrow(axes, (6.05, 3.1), (6.85, 2.75))
+arrow(axes, (6.05, 1.15), (6.85, 1.7))
+arrow(axes, (9.45, 2.25), (9.9, 2.25))
+arrow(axes, (11.15, 2.95), (11.15, 4.85), "NLL", (11.45, 3.9))
 arrow(axes, (6.05, 5.75), (9.9, 5.75), "log p(θ), in nats", (8.0, 5.95))
-arrow(axes, (9.9, 5.2), (6.05, 3.75), color="#b2182b", connectionstyle="arc3,rad=0.08", linestyle="--")
-axes.text(8.35, 4.25, "gradient, to z alone", fontsize=9, color="#b2182b", ha="center")
+arrow(axes, (9.9, 5.2), (6.05, 3.7), color="#b2182b", connectionstyle="arc3,rad=0.03", linestyle="--")
+axes.text(8.4, 4.12, "gradient, to z alone", fontsize=9, color="#b2182b", ha="center")
 figure.savefig(Path(__file__).parent / "flow.png", dpi=110, bbox_inches="tight")
