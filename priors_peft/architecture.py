@@ -25,6 +25,7 @@ def check_base_model(model: nn.Module) -> None:
         raise ValueError(f"model must be decoder-only (load it with AutoModelForCausalLM), got {name}")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"model must have a language-model head (load it with AutoModelForCausalLM), got {name}")
+    decoder(model)
 
 
 def _is_encoder(model: PreTrainedModel) -> bool:
@@ -37,10 +38,22 @@ def supports_prompt_cache(model: PreTrainedModel) -> bool:
     """Whether a prompt's key/value cache stands for the prompt exactly: attention layers only, and a cache argument."""
     if getattr(model, "_is_stateful", False):
         return False
-    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+    if "past_key_values" not in inspect.signature(decoder(model).forward).parameters:
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """What the model's forward runs before its head.
+
+    Raises:
+        ValueError: It could not be found.
+    """
+    for module in (model.get_decoder(), getattr(model, "model", None)):
+        if isinstance(module, nn.Module) and module is not model:
+            return module
+    raise ValueError(f"model must keep its layers in a module of their own, got {type(model).__name__}")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Text:
         positions = None if positions is None else positions + count
         mask = None if mask is None else extended_mask(mask, count)
         return Text(self.input_ids, self.inputs_embeds, mask, positions)
+
+    def check_fits(self, model: PreTrainedModel, num_virtual_tokens: int) -> None:
+        """Raise `ValueError` if the text and the prompt don't fit the model's context or its way of padding."""
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and num_virtual_tokens + self.length > context:
+            raise ValueError(
+                f"input_ids must leave room for the {num_virtual_tokens} virtual tokens in the model's context of "
+                f"{context} tokens, got {self.length}: shorten the text or the prompt"
+            )
+        mask = self.attention_mask
+        if config.model_type == "mpt" and mask is not None and not bool(mask[:, 0].all()):
+            raise ValueError("rows must be padded on the right for MPT, whose ALiBi counts padding, got left padding")
 
 
 def extended_mask(attention_mask: Tensor, count: int) -> Tensor:

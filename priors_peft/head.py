@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .architecture import decoder
+
 
 # Logits of that many elements at once: 64 MiB in float32, four times that with their gradient.
 MOST_LOGITS = 2**24
@@ -25,7 +27,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
     The model's own forward runs, without its layers: so scaled and soft-capped logits come out as they should.
     """
-    layers = model.get_decoder()
+    layers = decoder(model)
     shadowed, calls = layers.__dict__.get("forward"), []  # accelerate and others put their own there
 
     def forward(*arguments: Any, **options: Any) -> _Hidden:
@@ -41,7 +43,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
             layers.forward = shadowed
     if not calls:
         raise RuntimeError(
-            f"model must run its layers through get_decoder(), which {type(model).__name__} does not: please report it"
+            f"model must run its layers through {type(layers).__name__}, which {type(model).__name__} does not: please report it"
         )
     return logits
 

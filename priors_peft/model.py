@@ -20,7 +20,7 @@ from .batch import Supervision, Text, extended_mask
 from .config import PriorConfig
 from .fitting import new_encoder
 from .head import logits_of, supervised_nll
-from .packing import supports_packing
+from .packing import Unpackable, supports_packing
 from .passes import (
     Prompt,
     PromptState,
@@ -93,6 +93,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         nn.Module.__init__(self)
         check_base_model(model)
         self._takes_cache = supports_prompt_cache(model)
+        self._unpackable = False
         self._kept: dict[str, tuple[Any, PromptState]] | None = None
         self.tokenizer = tokenizer
         self.provenance: dict[str, list[Provenance]] = {}
@@ -233,42 +234,39 @@ class PriorPeftModel(PeftModelForCausalLM):
         if token_type_ids is not None:
             logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
         prompts = self._prompts(adapter_names, text.batch_size)
-        self._check_text(text, max(prompt.length for prompt in prompts.values()))
+        text.check_fits(self.base_model, max(prompt.length for prompt in prompts.values()))
         supervision = None if labels is None else Supervision.of(labels, attention_mask)
         whole = return_logits if return_logits is not None else (labels is None or not self.training)
-        result = PriorCausalLMOutput()
-        extras = any(kwargs.get(name) for name in _EXTRAS)
-        if supervision is not None and not (whole or extras) and self.packs(self.training):
-            state = self._packable_state(prompts)
-            states = packed_pass(self.base_model, list(prompts.values()), state, text, supervision, kwargs)
+        result, nll = PriorCausalLMOutput(), None
+        if supervision is not None and not whole:
+            states = self._predicting_states(prompts, text, supervision, kwargs, result)
+            nll = supervised_nll(self.base_model, states, supervision.targets)
         else:
             states = self._padded_states(prompts, text, kwargs, result)
-            if whole:
-                logits = logits_of(
-                    self.base_model, states if labels is not None else states[:, 1:][:, -logits_to_keep:]
-                )
-                result.logits = logits if labels is None else logits[:, 1:][:, -logits_to_keep:]
-            elif supervision is not None:
-                states = states[supervision.rows, supervision.predictors + 1]
-        if supervision is not None:
-            if whole:
+            if supervision is not None:
+                logits = logits_of(self.base_model, states)
                 scored = logits[supervision.rows, supervision.predictors + 1]
                 nll = nn.functional.cross_entropy(scored.float(), supervision.targets, reduction="none")
-            else:
-                nll = supervised_nll(self.base_model, states, supervision.targets)
+                result.logits = logits[:, 1:][:, -logits_to_keep:]
+            elif whole:
+                result.logits = logits_of(self.base_model, states[:, 1:][:, -logits_to_keep:])
+        if supervision is not None and nll is not None:
             result.row_nll = nll.new_zeros(text.batch_size).index_add(0, supervision.rows, nll.detach())
             result.row_tokens = torch.bincount(supervision.rows, minlength=text.batch_size)
             count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
             result.loss = nll.sum() / count
-            if self.training and any(self.peft_config[name].prior_weight for name in prompts):
-                scores = [
-                    self.prompt_encoder[name].log_prob(prompt.theta)
-                    if self.peft_config[name].prior_weight
-                    else prompt.theta.new_zeros(())
-                    for name, prompt in prompts.items()
-                ]
-                result.log_prior = scores[0] if adapter_names is None else torch.stack(scores)
+            log_prior = self._log_prior(prompts) if self.training else None
+            result.log_prior = log_prior if log_prior is None or adapter_names is not None else log_prior[0]
         return result if return_dict is not False else result.to_tuple()
+
+    def _log_prior(self, prompts: dict[str, Prompt]) -> Tensor | None:
+        """log p(θ) of each prompt in nats, 0 where it has no weight; None if none has."""
+        weights = [self.peft_config[name].prior_weight for name in prompts]
+        scores = [
+            self.prompt_encoder[name].log_prob(prompt.theta) if weight else prompt.theta.new_zeros(())
+            for weight, (name, prompt) in zip(weights, prompts.items(), strict=True)
+        ]
+        return torch.stack(scores) if any(weights) else None
 
     def _prompts(self, adapter_names: list[str] | None, batch_size: int) -> dict[str, Prompt]:
         """The prompts of a batch, in the order in which rows name them first."""
@@ -301,7 +299,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         if len(prompts) == 1:
             outputs = run(*next(iter(prompts.items())), text)
             result.past_key_values = outputs.past_key_values if options.get("use_cache") else None
-            result.hidden_states, result.attentions = outputs.hidden_states, outputs.attentions
+            result.hidden_states, result.attentions = outputs.get("hidden_states"), outputs.get("attentions")
             return outputs.last_hidden_state
         asked = [name for name in _EXTRAS if options.get(name)]
         if asked:
@@ -320,12 +318,27 @@ class PriorPeftModel(PeftModelForCausalLM):
             self._kept[name] = version, prompt_pass(self.base_model, prompt)
         return self._kept[name][1]
 
-    def _packable_state(self, prompts: dict[str, Prompt]) -> PromptState | None:
-        if len(prompts) > 1 or self._kept is None or torch.is_grad_enabled() or self.training:
-            return None
-        state = self._state(*next(iter(prompts.items())))
-        # A sliding layer's cache drops what left its window.
-        return None if any(state.cache.is_sliding) else state
+    def _predicting_states(
+        self,
+        prompts: dict[str, Prompt],
+        text: Text,
+        supervision: Supervision,
+        options: dict[str, Any],
+        result: PriorCausalLMOutput,
+    ) -> Tensor:
+        """Final hidden states `[N, d]` that predict supervised tokens, by one sequence without padding if it can be."""
+        if self.packs(self.training) and not any(options.get(name) for name in _EXTRAS):
+            state = None
+            if len(prompts) == 1 and self._kept is not None and not (torch.is_grad_enabled() or self.training):
+                state = self._state(*next(iter(prompts.items())))
+                if any(state.cache.is_sliding):  # what left the window is dropped there
+                    state = None
+            try:
+                return packed_pass(self.base_model, list(prompts.values()), state, text, supervision, options)
+            except Unpackable:
+                self._unpackable = True
+        states = self._padded_states(prompts, text, options, result)
+        return states[supervision.rows, supervision.predictors + 1]
 
     @contextmanager
     def cached_prompt(self) -> Iterator[None]:
@@ -353,23 +366,11 @@ class PriorPeftModel(PeftModelForCausalLM):
 
     def packs(self, training: bool) -> bool:
         """Whether a loss is computed on rows as one sequence without padding, in training or evaluation."""
-        return not self._concatenates(training) and supports_packing(self.base_model)
+        return not (self._unpackable or self._concatenates(training)) and supports_packing(self.base_model)
 
     def _concatenates(self, training: bool) -> bool:
         """Whether prompt and text must run as one padded sequence; with `packs` where the way through is decided."""
         return not self._takes_cache or (training and self.base_model.is_activation_checkpointing)
-
-    def _check_text(self, text: Text, num_virtual_tokens: int) -> None:
-        config = self.base_model.config.get_text_config()
-        context, length = getattr(config, "max_position_embeddings", None), text.length
-        if context is not None and num_virtual_tokens + length > context:
-            raise ValueError(
-                f"input_ids must leave room for the {num_virtual_tokens} virtual tokens in the model's context of "
-                f"{context} tokens, got {length}: shorten the text or the prompt"
-            )
-        mask = text.attention_mask
-        if config.model_type == "mpt" and mask is not None and not bool(mask[:, 0].all()):
-            raise ValueError("rows must be padded on the right for MPT, whose ALiBi counts padding, got left padding")
 
     # Generation
 
@@ -392,7 +393,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             inferable = embeddings is None and pad is not None and pad not in _as_list(config.eos_token_id)
             mask = text.ne(pad).long() if inferable else torch.ones(text.shape[:2], device=text.device).long()
         prompt, rows = self.prompt(self.active_adapter), Text(input_ids, embeddings, mask, None)
-        self._check_text(rows, prompt.length)
+        rows.check_fits(base, prompt.length)
         kwargs["attention_mask"] = extended_mask(mask, prompt.length)
         if self._concatenates(self.training):
             kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)

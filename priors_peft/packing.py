@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate, pairwise
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .architecture import decoder
 from .batch import Supervision, Text
 
 
@@ -36,12 +38,12 @@ class Layout:
     Args:
         stretches: In the order of the sequence.
         cached: How many of the first stretch's keys come from a cache: they have no queries.
-        attention: The model's own attention, `"sdpa"` or `"eager"`.
+        calls: How many layers have attended by it.
     """
 
     stretches: list[Stretch]
     cached: int
-    attention: str
+    calls: int = 0
     _tensors: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -107,19 +109,18 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    prompt_layout: Layout,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a packed sequence: queries `[1, H, T, D]`, the result `[1, T, H, D]`.
 
     It hands each stretch to the model's own attention, so whatever that does (soft-capping, sinks, windows) happens.
     """
-    inner = _own_attention(prompt_layout.attention, type(module).__module__)
+    layout, own = _present.get()
+    layout.calls += 1
+    inner = _own_attention(own, type(module).__module__)
     # On a CPU a call costs little and padding much, on an accelerator it is the other way round.
     through = _one_by_one if query.device.type == "cpu" else _at_once
-    return through(
-        partial(inner, module, **options), query, key, value, prompt_layout, options.get("sliding_window")
-    ), None
+    return through(partial(inner, module, **options), query, key, value, layout, options.get("sliding_window")), None
 
 
 def _one_by_one(
@@ -152,6 +153,8 @@ def _own_attention(attention: str, module: str) -> Callable:
 
 
 AttentionInterface.register(NAME, attend)
+# Not a keyword argument of the model's forward: not all architectures hand these on to their layers.
+_present: ContextVar[tuple[Layout, str]] = ContextVar("the packed sequence's layout and the model's own attention")
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
@@ -161,20 +164,32 @@ def supports_packing(model: PreTrainedModel) -> bool:
         getattr(model, "_supports_attention_backend", False)
         and config._attn_implementation in ("sdpa", "eager")
         and getattr(config, "attention_chunk_size", None) is None
-        and "position_ids" in inspect.signature(model.base_model.forward).parameters
+        and "position_ids" in inspect.signature(decoder(model).forward).parameters
     )
 
 
+class Unpackable(Exception):
+    """The model has layers that do not attend by a layout, so packed rows would see each other."""
+
+
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[str]:
-    """Have the model attend by a `Layout` while this lasts; gives the name of its own attention."""
+def packed_attention(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
+    """Have the model attend by a layout while this lasts.
+
+    Raises:
+        Unpackable: Not every layer did.
+    """
     config = model.config.get_text_config()
     own = config._attn_implementation
+    token = _present.set((layout, own))
     config._attn_implementation = NAME
     try:
-        yield own
+        yield
     finally:
         config._attn_implementation = own
+        _present.reset(token)
+    if layout.calls != config.num_hidden_layers:
+        raise Unpackable
 
 
 @dataclass(frozen=True)

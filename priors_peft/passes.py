@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .architecture import decoder_layers, expand_cache, replace_prompts
+from .architecture import decoder, decoder_layers, expand_cache, replace_prompts
 from .batch import Supervision, Text
 from .packing import Layout, pack, packed_attention
 
@@ -46,7 +46,7 @@ def prompt_pass(model: PreTrainedModel, prompt: Prompt) -> PromptState:
     """Run the virtual tokens alone: in a causal model they never see the text, so once is enough for all rows."""
     start = prompt.theta[:1].to(model.get_input_embeddings().weight.dtype)
     with deep_prompts(model, [(0, prompt)]):
-        outputs = model.base_model(inputs_embeds=start, use_cache=True)
+        outputs = decoder(model)(inputs_embeds=start, use_cache=True)
     return PromptState(outputs.past_key_values, outputs.last_hidden_state[:, -1:])
 
 
@@ -83,14 +83,13 @@ def packed_pass(
     if state and embeddings.shape[1] == 0:
         return state.last[0, 0].expand(len(packed.predictors), -1)
     with (
-        packed_attention(model) as attention,
+        packed_attention(model, Layout(packed.stretches, cached)),
         deep_prompts(model, list(zip(packed.starts, prompts, strict=True)), cached),
     ):
-        hidden = model.base_model(
+        hidden = decoder(model)(
             inputs_embeds=embeddings,
             position_ids=packed.position_ids[:, cached:],
             past_key_values=expand_cache(state.cache, 1) if state else None,
-            prompt_layout=Layout(packed.stretches, cached, attention),
             **{"use_cache": False, **options},
         ).last_hidden_state
     if state:
@@ -110,7 +109,7 @@ def cached_pass(model: PreTrainedModel, state: PromptState, text: Text, options:
 
 def continued(model: PreTrainedModel, text: Text, cache: Any, options: dict[str, Any]) -> Any:
     """Text whose mask and positions count the prompt, through the layers over a cache."""
-    return model.base_model(
+    return decoder(model)(
         input_ids=text.input_ids,
         inputs_embeds=text.inputs_embeds,
         attention_mask=text.attention_mask,
@@ -128,13 +127,13 @@ def concatenated_pass(model: PreTrainedModel, prompt: Prompt, text: Text, option
         before = torch.arange(count, device=position_ids.device).expand(text.batch_size, -1)
         position_ids = torch.cat([before, position_ids], dim=1)
     with deep_prompts(model, [(0, prompt)]):
-        outputs = model.base_model(
+        outputs = decoder(model)(
             inputs_embeds=prompted_embeddings(model, prompt, text),
             attention_mask=text.attention_mask,
             **positions(model, position_ids),
             **{"use_cache": False, **options},
         )
-    if outputs.hidden_states is not None:
+    if outputs.get("hidden_states") is not None:
         outputs.hidden_states = tuple(hidden[:, count:] for hidden in outputs.hidden_states)
     outputs.last_hidden_state = outputs.last_hidden_state[:, count - 1 :]
     return outputs

@@ -64,5 +64,7 @@ def test_chunks_change_neither_likelihood_nor_gradient(architecture, monkeypatch
 def test_a_model_that_hides_its_layers_is_refused():
     model = make_model()
     model.get_decoder = lambda: torch.nn.Identity()
-    with pytest.raises(RuntimeError, match="model must run its layers through get_decoder.*LlamaForCausalLM does not"):
+    with pytest.raises(
+        RuntimeError, match="model must run its layers through Identity, which LlamaForCausalLM does not"
+    ):
         logits_of(model, states()[0][None])

@@ -45,7 +45,7 @@ def assert_close(ours, theirs, relative):
 def without_dropout(model):
     """In training stock PEFT draws a dropout mask for the prompt in every row, we draw one for all of them."""
     for layer in model.modules():
-        for name in ("p", "dropout", "attention_dropout"):
+        for name in ("p", "dropout", "attention_dropout", "attn_dropout"):
             if isinstance(getattr(layer, name, None), float):
                 setattr(layer, name, 0.0)
 

@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGS, VOCABULARY, make_model
 from peft import PromptTuningConfig, get_peft_model
 from test_model import assert_close, without_dropout
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, NemotronConfig
 
 from priors_peft import PriorConfig, get_prior_model, packing
 from priors_peft.batch import Supervision, Text
@@ -193,3 +193,25 @@ def test_attention_is_the_models_own_again_afterwards():
     hook.remove()
     ours_on(model, [padded(rows((4, 9)), "right")], 1)
     assert model.base_model.config._attn_implementation == "eager"
+
+
+def test_a_model_with_a_layer_that_attends_by_itself_is_padded():
+    model = tuned(make_model(), 4)
+    texts = rows((4, 9, 6))
+    expected, _ = stock_on_each_row(make_model(), model.prompt_encoder["default"]()[0].detach(), texts)
+    attention = model.base_model.base_model.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)  # it does not hear that it should attend by the layout
+    assert model.packs(training=True)
+    assert abs(ours_on(model, [padded(texts, "right")], 1)[0] - expected) < 1e-4
+    assert not model.packs(training=True)
+
+
+def test_architectures_that_hand_no_arguments_to_their_layers_are_packed():
+    torch.manual_seed(0)
+    config = NemotronConfig(**CONFIGS["llama"].to_diff_dict() | {"model_type": "nemotron"})
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model, texts = tuned(copy.deepcopy(base), 4), rows((4, 9, 6), common=2)
+    expected, expected_gradient = stock_on_each_row(base, model.prompt_encoder["default"]()[0].detach(), texts)
+    loss, gradient = ours_on(model, [padded(texts, "left")], 1)
+    assert model.packs(training=True) and abs(loss - expected) < 1e-4
+    assert_close(gradient, expected_gradient, 1e-4)
