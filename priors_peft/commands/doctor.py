@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..architecture import check_base_model, decoder_layers, supports_prompt_cache
+from ..packing import supports_packing
 from ..priors import prior_names
 from ..priors.reference import vocabulary_ids
 from .arguments import ModelArguments, parse
@@ -64,10 +65,18 @@ def model_facts(model: Any, tokenizer: Any) -> dict[str, str]:
         deep = f"no: {error}"
     return {
         "model": f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}",
-        "prompt path": "cache (prompt computed once a batch)" if cached else "concatenation (prompt in every row)",
+        "training": _way(model),
         "deep prompts": deep,
         "hidden size": f"{config.hidden_size} ({config.num_hidden_layers} layers)",
         "context": f"{getattr(config, 'max_position_embeddings', 'unlimited')} tokens",
         "vocabulary": f"{embedding.weight.shape[0]:,} rows, {len(rows):,} of them trained and not special",
         "embedding scale": f"standard deviation {rows.std().item():.4f}, mean norm {rows.norm(dim=-1).mean().item():.3f}",
     }
+
+
+def _way(model: Any) -> str:
+    if not supports_prompt_cache(model):
+        return "prompt and text as padded rows: the prompt is computed in every row"
+    if supports_packing(model):
+        return "rows as one sequence without padding, the prompt once a batch"
+    return "padded rows over the prompt's cache, which is computed once a batch"
