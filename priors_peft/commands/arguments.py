@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ..tasks.base import check_name
+
 
 @dataclass
 class ModelArguments:
@@ -42,6 +44,8 @@ class TaskArguments:
     split_seed: int = field(default=0, metadata={"help": "Seed of the split; the same for every run that is compared"})
 
     def __post_init__(self) -> None:
+        if self.task is not None:
+            check_name(self.task)
         self.task_kwargs = parse_object("task_kwargs", self.task_kwargs)
 
 

@@ -1,21 +1,15 @@
-"""Any data of the user's in prompt-completion form: a file, or a data set on the Hub."""
+"""Any data of the user's, from a file or a data set: prompts and completions, conversations, or plain text."""
 
-from __future__ import annotations
-
-import csv
-import json
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .base import Task, prompt_completion
+from .base import Task, longest, prompt_completion
+from .files import Placed, hold_out, keep, load_hub, read_rows, split_rows
 from .metrics import completion_metrics
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +26,14 @@ def load(
     num_eval: int | None = None,
     seed: int = 0,
     data_dir: str | None = None,
+    tokenizer: Any = None,
 ) -> Task:
-    """Load prompts and completions from files or from a data set.
+    """Load the user's rows, each in one of three forms.
+
+    - `prompt` and `completion` (or columns of other names): the completion is learnt.
+    - `messages`, a list of `{"role": ..., "content": ...}`: the last, the assistant's, is learnt; those before it are the
+      prompt, in the tokenizer's chat template.
+    - `text`: all of it is learnt.
 
     Without an `eval_file` (or, for a data set, a `validation` or `test` split), `num_eval` training rows are held out
     by `seed`: by default a tenth, at least 1 and at most 512. Training rows equal to a held-out row are dropped.
@@ -48,11 +48,12 @@ def load(
         num_eval: Keep this many evaluation rows. `None` keeps all of an evaluation file or split; 0 means none.
         seed: Which rows are kept and which held out.
         data_dir: Folder that relative `train_file` and `eval_file` are looked for in.
+        tokenizer: Of the base model; its chat template is needed for `messages`.
 
     Raises:
         FileNotFoundError: If a file does not exist.
         ValueError: If a file can't be parsed, is empty, lacks a column, or holds an empty completion or a value that is
-            not a string; the message names the file and the line.
+            not a string; the message names the file and the line. Also if there are `messages`, but no chat template.
         OSError: If the data set can't be reached.
     """
     if (train_file is None) == (dataset is None):
@@ -61,100 +62,75 @@ def load(
             f"got train_file={train_file!r} and dataset={dataset!r}. Pass a .jsonl, .json or .csv file, or a Hub id"
         )
     columns = (prompt_column, completion_column)
+    held_out = None
     if train_file is not None:
-        train = _read_file(_find(train_file, data_dir, "train_file"), columns)
-        held_out = None
+        train = _pairs(read_rows(_find(train_file, data_dir, "train_file")), columns, tokenizer)
         if eval_file is not None and num_eval != 0:
-            held_out = _read_file(_find(eval_file, data_dir, "eval_file"), columns)
+            held_out = _pairs(read_rows(_find(eval_file, data_dir, "eval_file")), columns, tokenizer)
         source = train_file
     else:
         if eval_file is not None:
             raise ValueError(
                 f"eval_file goes with train_file, got {eval_file!r} with dataset={dataset!r}. Leave it out"
             )
-        train, held_out = _read_dataset(str(dataset), columns, want_eval=num_eval != 0)
         source = str(dataset)
+        splits = load_hub(source, instead="pass a file as train_file")
+        forms, present = (columns, ("messages",), ("text",)), set(splits["train"].column_names)
+        form: tuple[str, ...] = next((form for form in forms if set(form) <= present), ())
+        train = _pairs(split_rows(source, splits, "train", form), columns, tokenizer)
+        split = next((split for split in ("validation", "test") if split in splits), None)
+        if split is not None and num_eval != 0:
+            held_out = _pairs(split_rows(source, splits, split, form), columns, tokenizer)
 
     draw = random.Random(seed)
     if held_out is None and num_eval != 0:
-        train, held_out = _hold_out(draw, train, num_eval, source)
+        train, held_out = hold_out(draw, train, num_eval, source)
     elif held_out:
         shared = len(set(held_out) & set(train))
         if shared:
             logger.warning("%d evaluation rows of %s are training rows too, so its score flatters", shared, source)
-        held_out = _keep(draw, held_out, num_eval, "num_eval", source)
-    train = _keep(draw, train, num_train, "num_train", source)
+        held_out = keep(draw, held_out, num_eval, "num_eval", source)
+    train = keep(draw, train, num_train, "num_train", source)
     return Task(
         name="completions",
         train=prompt_completion(train),
         eval=prompt_completion(held_out) if held_out else None,
         metrics=completion_metrics,
-        max_new_tokens=_max_new_tokens(train + (held_out or [])),
+        max_new_tokens=longest(completion for _, completion in train + (held_out or [])),
     )
-
-
-def _max_new_tokens(rows: list[Pair]) -> int:
-    """Enough for the longest completion, as no token is shorter than a byte, but no more than 256."""
-    return min(256, 1 + max(len(completion.encode()) for _, completion in rows))
-
-
-def _hold_out(draw: random.Random, rows: list[Pair], count: int | None, source: str) -> tuple[list[Pair], list[Pair]]:
-    if count is None:
-        count = max(1, min(512, len(rows) // 10))
-    chosen = set(draw.sample(range(len(rows)), min(count, len(rows))))
-    held_out = [row for index, row in enumerate(rows) if index in chosen]
-    taken = set(held_out)
-    train = [row for row in rows if row not in taken]
-    if not train:
-        raise ValueError(
-            f"num_eval={count} rows held out of {source!r} must leave rows to train on, got {len(rows)} rows in all. "
-            "Pass a smaller num_eval (0 for no evaluation), or an eval_file"
-        )
-    return train, held_out
-
-
-def _keep(draw: random.Random, rows: list[Pair], count: int | None, argument: str, source: str) -> list[Pair]:
-    if count is not None and count > len(rows):
-        logger.warning("%s=%d, but %s has %d rows; all are used", argument, count, source, len(rows))
-    if count is None or count >= len(rows):
-        return rows
-    return [rows[index] for index in sorted(draw.sample(range(len(rows)), count))]
-
-
-# Files.
 
 
 def _find(file: str, data_dir: str | None, argument: str) -> Path:
     path = Path(data_dir or ".").expanduser() / Path(file).expanduser()
     if not path.is_file():
         where = f" in data_dir {data_dir!r}" if data_dir else f" from {str(Path.cwd())!r}"
-        raise FileNotFoundError(f"{argument} must be an existing file, got {file!r}{where}. Check the path")
+        raise FileNotFoundError(
+            f"{argument} must be an existing file, got {file!r}{where}. Check the path: a .jsonl, .json or .csv file "
+            "with prompt and completion, messages, or text"
+        )
     return path
 
 
-def _read_file(path: Path, columns: tuple[str, str]) -> list[Pair]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]]
-    readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"a data file must be .jsonl, .json or .csv, got {str(path)!r}. Convert it or rename it")
-    try:
-        rows = [_pair(row, columns, f"{str(path)!r}, {place}") for place, row in readers[path.suffix.lower()](path)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} must be UTF-8, got {error}. Save it as UTF-8") from error
-    if not rows:
-        raise ValueError(f"{str(path)!r} must hold at least one row, got an empty file")
-    return rows
+def _pairs(rows: list[Placed], columns: Pair, tokenizer: Any) -> list[Pair]:
+    """Prompts and completions of rows that are all in the form of the first."""
+    first = rows[0][1]
+    read: Callable[[Any, str], Pair] = lambda row, where: _pair(row, columns, where)  # noqa: E731
+    # Named columns are what is meant, also where others are there.
+    if columns == ("prompt", "completion") and not {"prompt", "completion"} & set(first):
+        if "messages" in first:
+            read = lambda row, where: _conversation(row, tokenizer, where)  # noqa: E731
+        elif "text" in first:
+            read = lambda row, where: ("", _pair({"prompt": "", **row}, ("prompt", "text"), where)[1])  # noqa: E731
+    return [read(row, where) for where, row in rows]
 
 
-def _pair(row: Any, columns: tuple[str, str], where: str) -> Pair:
+def _pair(row: dict[str, Any], columns: Pair, where: str) -> Pair:
     """The prompt and the completion of a row, checked; `where` begins the message if one is wrong."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be an object with columns, got {type(row).__name__}")
     for argument, column in zip(("prompt_column", "completion_column"), columns, strict=True):
         if column not in row:
             raise ValueError(
                 f"{where}: {argument} {column!r} is missing, the columns are {', '.join(map(str, row)) or 'none'}. "
-                f"Pass {argument}"
+                f"Pass {argument}, or name the columns prompt and completion, messages, or text"
             )
         if not isinstance(row[column], str):
             raise ValueError(
@@ -167,76 +143,33 @@ def _pair(row: Any, columns: tuple[str, str], where: str) -> Pair:
     return prompt, completion
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{str(path)!r}, line {number}: broken JSON, {error.msg}: {line[:80]!r}"
-                    ) from error
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r}, line {error.lineno}: broken JSON, {error.msg}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        line = 1
-        try:
-            names = reader.fieldnames or []
-            line = reader.line_num + 1
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{str(path)!r}, line {line}: a row must have {len(names)} cells, got another number"
-                    )
-                yield f"line {line}", row
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise ValueError(f"{str(path)!r}, line {line}: broken CSV, {error}") from error
-
-
-# Data sets.
-
-
-def _read_dataset(name: str, columns: tuple[str, str], want_eval: bool) -> tuple[list[Pair], list[Pair] | None]:
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name)
-    except OSError as error:
-        raise OSError(
-            f"dataset {name!r} can't be loaded ({error}). Check the name and the network "
-            "(HF_HUB_OFFLINE=1 allows only what is in the cache), or pass a file as train_file"
-        ) from error
-    if "train" not in splits:
-        raise ValueError(f"dataset {name!r} must have a split 'train', got {', '.join(splits)}. Pass a file instead")
-    held_out = next((split for split in ("validation", "test") if split in splits), None)
-    train = _pairs(splits["train"], columns, f"dataset {name!r}, split 'train'")
-    if held_out is None or not want_eval:
-        return train, None
-    return train, _pairs(splits[held_out], columns, f"dataset {name!r}, split {held_out!r}")
-
-
-def _pairs(split: Dataset, columns: tuple[str, str], where: str) -> list[Pair]:
-    present = [column for column in dict.fromkeys(columns) if column in split.column_names]
-    if len(present) < len(set(columns)):
-        _pair(dict.fromkeys(split.column_names, "-"), columns, where)
-    rows = split.select_columns(present)
-    if not len(rows):
-        raise ValueError(f"{where}: must hold at least one row, got none")
-    return [_pair(row, columns, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+def _conversation(row: dict[str, Any], tokenizer: Any, where: str) -> Pair:
+    """A conversation's last message as the completion of those before it, in the tokenizer's chat template."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+        for message in messages
+    ):
+        raise ValueError(f"{where}: 'messages' must be a list of objects with role and content, got {messages!r}")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"{where}: the last of 'messages' must be what the assistant answers, got roles {roles}")
+    if getattr(tokenizer, "chat_template", None) is None:
+        got = "no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__} without one"
+        raise ValueError(
+            f"{where}: 'messages' need a tokenizer with a chat template, got {got}. Pass the tokenizer of an instruct "
+            "model, or rows with prompt and completion"
+        )
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{where}: the chat template must render a conversation as its beginning and the answer, got {whole!r}, "
+            f"which does not begin with {prompt!r}. Pass rows with prompt and completion"
+        )
+    # Templates write the token that starts a text; a tokenizer that adds it itself would double it.
+    start = tokenizer.bos_token
+    if start and prompt.startswith(start) and tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        prompt, whole = prompt[len(start) :], whole[len(start) :]
+    # What a template writes after the end token is never generated.
+    return prompt, whole[len(prompt) :].rstrip()

@@ -7,6 +7,7 @@ import logging
 import datasets
 import pytest
 
+from priors_peft.data import tokenize
 from priors_peft.tasks import load_task
 
 
@@ -198,3 +199,99 @@ def test_dataset_out_of_reach(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(OSError, match="dataset 'user/data' can't be loaded.*pass a file as train_file"):
         load(dataset="user/data")
+
+
+# Conversations and plain text.
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "what"},
+    {"role": "user", "content": "1 plus 2 ?"},
+    {"role": "assistant", "content": "3"},
+]
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_conversations_go_through_the_chat_template(tmp_path, chat_tokenizer, suffix):
+    file = write(tmp_path / f"a{suffix}", [{"messages": TALK}, {"messages": TALK[1:]}])
+    task = load(train_file=file, num_eval=0, tokenizer=chat_tokenizer)
+    assert task.train[0] == {"prompt": "<s>[system] what\n[user] 1 plus 2 ?\n[assistant] ", "completion": "3</s>"}
+    whole = chat_tokenizer.apply_chat_template(TALK[1:], tokenize=False)
+    assert task.train[1]["prompt"] + task.train[1]["completion"] == whole.rstrip()
+
+
+def test_a_conversation_has_each_special_token_once(tmp_path, chat_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    chat_tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    task = load(train_file=write(tmp_path / "a.jsonl", [{"messages": TALK}]), num_eval=0, tokenizer=chat_tokenizer)
+    (ids,) = tokenize(task.train, chat_tokenizer)["input_ids"]
+    assert ids.count(chat_tokenizer.bos_token_id) == 1 and ids[0] == chat_tokenizer.bos_token_id
+    assert ids.count(chat_tokenizer.eos_token_id) == 1 and ids[-1] == chat_tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_plain_text_is_learnt_whole(tmp_path, tokenizer, name):
+    task = load(train_file=write(tmp_path / name, [{"text": "what is 1 ?", "source": "x"}]), num_eval=0)
+    assert task.train.to_list() == [{"prompt": "", "completion": "what is 1 ?"}]
+    (labels,) = tokenize(task.train, tokenizer)["labels"]
+    assert [label for label in labels if label >= 0] == tokenizer("what is 1 ?")["input_ids"] + [
+        tokenizer.eos_token_id
+    ]
+
+
+def test_a_data_set_of_conversations_or_text(tmp_path, chat_tokenizer):
+    for name, rows in (("talk", [{"messages": TALK}] * 3), ("text", [{"text": "what"}] * 3)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", rows)
+        task = load(dataset=str(tmp_path / name), num_eval=0, tokenizer=chat_tokenizer)
+        assert task.train[2]["completion"] == {"talk": "3</s>", "text": "what"}[name]
+
+
+def test_prompt_and_completion_win_over_other_columns(tmp_path):
+    row = {"prompt": "p", "completion": "c", "text": "t"}
+    assert load(train_file=write(tmp_path / "a.jsonl", [row]), num_eval=0).train[0]["completion"] == "c"
+    with pytest.raises(ValueError, match="prompt_column 'q' is missing"):
+        load(train_file=write(tmp_path / "b.jsonl", [{"text": "t"}]), prompt_column="q")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "line 1: 'messages' must be a list of objects with role and content, got 'hello'"),
+        ([{"role": "user"}], "line 1: 'messages' must be a list of objects with role and content"),
+        (TALK[:2], "line 1: the last of 'messages' must be what the assistant answers, got roles ['system', 'user']"),
+        (TALK[2:], "got roles ['assistant']"),
+        ([*TALK[:2], {"role": "assistant", "content": " "}], "must be what the assistant answers"),
+    ],
+)
+def test_bad_conversations(tmp_path, chat_tokenizer, messages, message):
+    with pytest.raises(ValueError) as error:
+        load(train_file=write(tmp_path / "a.jsonl", [{"messages": messages}]), tokenizer=chat_tokenizer)
+    assert message in str(error.value)
+
+
+def test_conversations_need_a_chat_template(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", [{"messages": TALK}])
+    with pytest.raises(ValueError, match="need a tokenizer with a chat template, got no tokenizer"):
+        load(train_file=file)
+    with pytest.raises(ValueError, match="got TokenizersBackend without one|got PreTrainedTokenizerFast without one"):
+        load(train_file=file, tokenizer=tokenizer)
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path, tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(
+        ValueError, match="the chat template must render a conversation as its beginning and the answer"
+    ):
+        load(train_file=write(tmp_path / "a.jsonl", [{"messages": TALK}]), tokenizer=tokenizer)
