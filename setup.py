@@ -8,6 +8,7 @@ install_requires = [
     "peft>=0.21",
     "accelerate>=1.15",
     "datasets>=5.2",
+    "evaluate>=0.4.6",
     "huggingface-hub>=2.4",
     "safetensors>=0.8",
     "scikit-learn>=1.9",

@@ -49,6 +49,19 @@ def squad_f1(predictions: Sequence[str], references: Sequence[Reference]) -> flo
     )
 
 
+def first_line(text: str) -> str:
+    """The first line with something on it: an answer, without what a model goes on to write after it."""
+    return text.strip().split("\n", 1)[0].strip()
+
+
+def macro_f1(predictions: Sequence[str], references: Sequence[str], classes: Sequence[str]) -> float:
+    """Mean of the F1 of each class that occurs among predictions or references; other predictions are wrong."""
+    from sklearn.metrics import f1_score
+
+    present = [name for name in classes if name in references or name in predictions]
+    return float(f1_score(references, predictions, labels=present, average="macro", zero_division=0.0))
+
+
 def completion_metrics(predictions: list[str], references: list[str]) -> dict[str, float]:
     """Strict metrics for any completion: `{"exact_match": ..., "f1": ...}` from `exact_match` and `token_f1`."""
     return {"exact_match": exact_match(predictions, references), "f1": token_f1(predictions, references)}

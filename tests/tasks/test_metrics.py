@@ -5,6 +5,8 @@ import pytest
 from priors_peft.tasks.metrics import (
     completion_metrics,
     exact_match,
+    first_line,
+    macro_f1,
     squad_exact_match,
     squad_f1,
     squad_normalize,
@@ -65,3 +67,15 @@ def test_a_row_without_answers_is_named():
 
 def test_completion_metrics_names():
     assert completion_metrics(["4"], ["4"]) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_first_line_is_the_answer():
+    assert [first_line(text) for text in (" yes\nQuestion: x", "\n\n yes ", "", "\n")] == ["yes", "yes", "", ""]
+
+
+def test_macro_f1_by_hand():
+    # a: precision 1/2, recall 1 -> 2/3; b: recall 1/2, precision 1 -> 2/3; c occurs nowhere; "other" is no class.
+    assert macro_f1(["a", "a", "b"], ["a", "b", "b"], ["a", "b", "c"]) == pytest.approx(2 / 3)
+    assert macro_f1(["a", "other"], ["a", "a"], ["a", "b"]) == pytest.approx(2 / 3)
+    # A class that is only predicted counts, with 0.
+    assert macro_f1(["a", "b"], ["a", "a"], ["a", "b"]) == pytest.approx(1 / 3)
