@@ -117,15 +117,17 @@ def test_numpy_and_sympy_are_left_alone():
 
 
 @generated
-def test_no_evaluation_question_is_trained_on_whatever_the_seed(monkeypatch):
+@pytest.mark.parametrize("split", math.EVAL_SPLITS)
+def test_no_evaluation_question_is_trained_on_whatever_the_seed(monkeypatch, split):
     # A module of only 200 questions: draws that did not avoid each other would meet.
     def sampler():
         n = random.randrange(200)
         return SimpleNamespace(question=f"What is {n}?", answer=n)
 
-    levels = [*math.LEVELS, "interpolate"]
+    levels = [*math.LEVELS, *math.EVAL_SPLITS]
     monkeypatch.setattr(math, "_modules", lambda: {level: {"small": sampler} for level in levels})
-    tasks = [load_task("math", module="small", num_train=300, num_eval=50, seed=seed) for seed in range(3)]
+    settings = {"module": "small", "num_train": 300, "num_eval": 50, "eval_split": split}
+    tasks = [load_task("math", seed=seed, **settings) for seed in range(3)]
     train = {prompt for task in tasks for prompt in task.train["prompt"]}
     held_out = {prompt for task in tasks for prompt in task.eval["prompt"]}
     assert len(train) > 100 and len(held_out) > 20
@@ -175,6 +177,59 @@ def test_missing_package_says_what_to_install(monkeypatch):
         load_task("math")
 
 
+@generated
+def test_a_group_is_an_equal_mixture_of_its_modules():
+    task = load_task("math", module="measurement", num_train=41, num_eval=10)
+    single = {
+        name: load_task("math", module=f"measurement__{name}", num_train=count, num_eval=5)
+        for name, count in (("conversion", 21), ("time", 20))
+    }
+    assert sorted(rows(task.train)) == sorted(row for part in single.values() for row in rows(part.train))
+    assert sorted(rows(task.eval)) == sorted(row for part in single.values() for row in rows(part.eval))
+    # Mixed, not one after the other.
+    first = set(rows(single["conversion"].train))
+    assert 5 < sum(row in first for row in rows(task.train)[:20]) < 15
+
+
+@generated
+def test_extrapolation_asks_for_larger_numbers_and_never_what_was_trained_on():
+    settings = {"module": "arithmetic__mul", "num_train": 60, "num_eval": 60}
+    near, far = (load_task("math", eval_split=split, **settings) for split in ("interpolate", "extrapolate"))
+    assert rows(near.train) == rows(far.train)
+    digits = [np.mean([sum(map(str.isdigit, prompt)) for prompt in task.eval["prompt"]]) for task in (near, far)]
+    assert digits[1] > digits[0] + 2
+    assert not set(far.eval["prompt"]) & set(far.train["prompt"])
+
+
+@generated
+def test_only_some_modules_extrapolate():
+    found = math._extrapolations(math.module_names(), math.module_names(), math._known(None, "extrapolate"))
+    assert len(found) == 15
+    assert found["arithmetic__mul"] == "arithmetic__mul_big"
+    assert found["arithmetic__mul_div_multiple"] == "arithmetic__mul_div_multiple_longer"
+    assert found["measurement__conversion"] == "measurement__conversion"
+    group = load_task("math", module="comparison", eval_split="extrapolate", num_train=8, num_eval=6)
+    assert len(group.eval) == 6 and len(group.train) == 8
+    with pytest.raises(
+        ValueError, match="'extrapolate' has questions for algebra__polynomial_roots, .*got module measurement__time"
+    ):
+        load_task("math", module="measurement__time", eval_split="extrapolate")
+    with pytest.raises(ValueError, match="eval_split must be one of extrapolate, interpolate; got 'extrapolation'"):
+        load_task("math", eval_split="extrapolation")
+
+
+@generated
+def test_another_template():
+    plain, other = (
+        load_task("math", num_train=3, num_eval=0),
+        load_task("math", num_train=3, num_eval=0, template="{question}\n"),
+    )
+    for (prompt, answer), (question, bare) in zip(rows(plain.train), rows(other.train), strict=True):
+        assert prompt == f"Question: {question}Answer:" and answer == f" {bare}"
+    with pytest.raises(ValueError, match="a field in template '{answer}' must be one of question; got 'answer'"):
+        load_task("math", template="{answer}")
+
+
 # The published files.
 
 
@@ -199,6 +254,20 @@ def test_published_files(published, monkeypatch):
     assert sorted(rows(task.eval)) == [(f"Question: What is interpolate {n}?\nAnswer:", f" {n}") for n in range(4, 8)]
     again = load_task("math", module="arithmetic__mul", data_dir=str(published), num_train=10, num_eval=4)
     assert rows(task.train) == rows(again.train)
+
+
+def test_published_groups_and_extrapolation(published):
+    for level in math.LEVELS:
+        (published / level / "arithmetic__div.txt").write_text(f"Divide {level}\n1\nDivide twice {level}\n2\n")
+    (published / "interpolate" / "arithmetic__div.txt").write_text("Divide\n1\nDivide twice\n2\n")
+    (published / "extrapolate").mkdir()
+    (published / "extrapolate" / "arithmetic__mul_big.txt").write_text("Multiply big\n9\n")
+    settings = {"module": "arithmetic", "data_dir": str(published), "num_train": 6}
+    task = load_task("math", num_eval=4, **settings)
+    assert sum("Divide" in prompt for prompt in task.train["prompt"]) == 3 == len(task.train) - 3
+    assert sum("Divide" in prompt for prompt in task.eval["prompt"]) == 2 == len(task.eval) - 2
+    far = load_task("math", eval_split="extrapolate", num_eval=1, **settings)
+    assert rows(far.eval) == [("Question: Multiply big\nAnswer:", " 9")] and rows(far.train) == rows(task.train)
 
 
 @pytest.mark.parametrize(("argument", "count"), [("num_train", 25), ("num_eval", 5)])
