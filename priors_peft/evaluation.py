@@ -12,10 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
+from .choices import Metrics, metrics_by_likelihood
 from .data import IGNORED, pad, prompts_of, tokenize
-
-
-Metrics = Callable[[list[str], list[str]], dict[str, float]]
 
 
 @dataclass
@@ -25,12 +23,12 @@ class Answers:
     Args:
         nll: Negative log likelihood of the reference answers, in nats per answer token.
         predictions: Greedy answers, in the data set's order.
-        references: The reference answers.
+        references: The reference answers; for rows with `answers`, all of them.
     """
 
     nll: float
     predictions: list[str]
-    references: list[str]
+    references: list[Any]
 
 
 def best_device() -> torch.device:
@@ -47,7 +45,7 @@ def answer(
     Args:
         model: A causal language model; logits longer than the text (stock PEFT's) are aligned at their end.
         tokenizer: Its tokenizer.
-        dataset: Rows with `prompt` and `completion`.
+        dataset: Rows with `prompt` and `completion`, and maybe `answers`, the texts any of which is right.
         max_new_tokens: Most tokens of a generated answer.
         batch_size: Rows a batch.
         desc: What the progress bar says.
@@ -98,17 +96,49 @@ def answer(
                 for index, text in zip(chunk, texts, strict=True):
                     predictions[index] = text
                 progress.update(len(chunk))
-    references = [
+    references = _answers(dataset) or [
         tokenizer.decode([t for t in row["labels"] if t != IGNORED], skip_special_tokens=True) for row in rows
     ]
     return Answers(total / max(tokens, 1), predictions, references)
 
 
-def answer_metrics(tokenizer: Any, metrics: Metrics) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A task's metrics on texts as `PriorTrainer`'s `compute_metrics` on token ids."""
+def _answers(dataset: Any) -> list[list[str]] | None:
+    return [row["answers"] for row in dataset] if len(dataset) and "answers" in dataset[0] else None
+
+
+def answer_metrics(
+    tokenizer: Any, metrics: Metrics, dataset: Any = None, model: Any = None, batch_size: int = 16
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A task's metrics on texts as `PriorTrainer`'s `compute_metrics` on token ids.
+
+    Args:
+        tokenizer: The base model's.
+        metrics: The task's.
+        dataset: The rows that are evaluated, if they have `answers` (then a prediction is held against all of a row's) or
+            `choices` (then the metrics by likelihood are there too, if there is a `model`).
+        model: The model that is evaluated. Every process scores all choices, so that sharded models work.
+        batch_size: Sequences a batch when choices are scored.
+
+    Raises:
+        ValueError: On evaluation, if it is of other rows than `dataset`'s.
+    """
+    answers = None if dataset is None else _answers(dataset)
 
     def decode(ids: Any) -> list[str]:
         ids = np.where(ids == IGNORED, tokenizer.pad_token_id, ids)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    return lambda prediction: metrics(decode(prediction.predictions), decode(prediction.label_ids))
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        predictions = decode(prediction.predictions)
+        if dataset is not None and len(predictions) != len(dataset):
+            raise ValueError(
+                f"dataset must be what is evaluated, got {len(dataset)} rows and {len(predictions)} answers"
+            )
+        figures = metrics(predictions, answers or decode(prediction.label_ids))
+        return figures | (
+            metrics_by_likelihood(metrics, model, tokenizer, dataset, batch_size)
+            if model is not None and dataset is not None
+            else {}
+        )
+
+    return compute

@@ -1,13 +1,16 @@
 """`priors-peft evaluate ADAPTER`: a saved prompt on a task, beside the base model without it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..choices import metrics_by_likelihood
 from ..evaluation import answer, best_device
 from ..files import write_json
 from ..hub.adapter import read_adapter
 from ..model import PriorPeftModel
+from ..tasks import Task
 from .arguments import ModelArguments, TaskArguments, parse
-from .train import base_model_from, task_from
+from .train import base_model_from, room_for_text, task_from
 
 
 @dataclass
@@ -25,20 +28,25 @@ def main(arguments: list[str]) -> None:
     config = read_adapter(adapter).config
     if model_arguments.model is None:
         model_arguments.model, model_arguments.model_revision = config.base_model_name_or_path, config.revision
-    task = task_from(task_arguments)
+    base, tokenizer = base_model_from(model_arguments, best_device())
+    task = task_from(task_arguments, tokenizer, room_for_text(base, config.num_virtual_tokens))
     if task.eval is None:
         raise ValueError(f"task must have evaluation rows, got {task.name!r} without any")
-    base, tokenizer = base_model_from(model_arguments, best_device())
     model = PriorPeftModel.from_pretrained(base, adapter)
     figures = {}
     with model.disable_adapter():
-        answers = answer(base, tokenizer, task.eval, task.max_new_tokens, args.batch_size, "No prompt")
-    figures["no prompt"] = {"nll": answers.nll} | task.metrics(answers.predictions, answers.references)
-    answers = answer(model, tokenizer, task.eval, task.max_new_tokens, args.batch_size, "With prompt")
-    figures[adapter] = {"nll": answers.nll} | task.metrics(answers.predictions, answers.references)
+        figures["no prompt"] = evaluate(base, tokenizer, task, args.batch_size, "No prompt")
+    figures[adapter] = evaluate(model, tokenizer, task, args.batch_size, "With prompt")
     print(table(figures))
     if args.output_file:
         write_json(args.output_file, figures)
+
+
+def evaluate(model: Any, tokenizer: Any, task: Task, batch_size: int, desc: str) -> dict[str, float]:
+    """Likelihood (`nll`, nats per answer token) and a task's metrics, by generation and, with choices, by likelihood."""
+    answers = answer(model, tokenizer, task.eval, task.max_new_tokens, batch_size, desc)
+    figures = {"nll": answers.nll} | task.metrics(answers.predictions, answers.references)
+    return figures | metrics_by_likelihood(task.metrics, model, tokenizer, task.eval, batch_size)
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:

@@ -50,8 +50,9 @@ def train(
     """Train, evaluate and save; returns the evaluation's figures."""
     # ---- Model and task -----------------------------------------------------------------
     set_seed(args.seed)
-    task = task_from(task_arguments)
     base, tokenizer = base_model_from(model_arguments)
+    room = args.max_length or room_for_text(base, prompt_arguments.num_virtual_tokens)
+    task = task_from(task_arguments, tokenizer, room)
 
     # ---- Prompt -------------------------------------------------------------------------
     settings = vars(prompt_arguments) | {"reference_kwargs": reference_data(prompt_arguments, task)}
@@ -72,7 +73,9 @@ def train(
         train_dataset=task.train,
         eval_dataset=task.eval,
         processing_class=tokenizer,
-        compute_metrics=answer_metrics(tokenizer, task.metrics),
+        compute_metrics=answer_metrics(
+            tokenizer, task.metrics, task.eval, model, batch_size=args.per_device_eval_batch_size
+        ),
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -91,8 +94,14 @@ def train(
     return metrics
 
 
-def task_from(arguments: TaskArguments) -> Task:
-    """The task that the flags name; a file or a data set alone means `completions`."""
+def room_for_text(base: Any, num_virtual_tokens: int) -> int | None:
+    """Tokens of the base model's window that a prompt leaves to a row; None if the window is not known."""
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return context and context - num_virtual_tokens
+
+
+def task_from(arguments: TaskArguments, tokenizer: Any, max_length: int | None) -> Task:
+    """The task that the flags name, its rows within `max_length`; a file or a data set alone means `completions`."""
     given = {name: getattr(arguments, name) for name in ("train_file", "eval_file", "dataset")}
     given = {name: value for name, value in given.items() if value is not None}
     name = arguments.task or ("completions" if given else None)
@@ -107,7 +116,8 @@ def task_from(arguments: TaskArguments) -> Task:
     for key in ("num_train", "num_eval", "data_dir"):
         if getattr(arguments, key) is not None:
             settings[key] = getattr(arguments, key)
-    return load_task(name, seed=arguments.split_seed, **settings)
+    settings.setdefault("max_length", max_length)
+    return load_task(name, seed=arguments.split_seed, tokenizer=tokenizer, **settings)
 
 
 def reference_data(arguments: PromptArguments, task: Task) -> dict[str, Any]:
