@@ -1,19 +1,22 @@
 """A task is found by its file's name, and what it does not take is said."""
 
+import importlib
+import inspect
+from pathlib import Path
+
 import pytest
 
-from priors_peft.tasks import load_task
-from priors_peft.tasks.base import task_names
+from priors_peft.tasks import load_task, math, prompts, squad, superglue
+from priors_peft.tasks.base import check_template, follow, task_names
 
 
 def test_names_are_the_files_of_the_folder():
-    assert {"math", "completions"} <= set(task_names())
-    assert not {"base", "metrics"} & set(task_names())
+    assert task_names() == ["completions", "math", "prompts", "squad", "superglue"]
 
 
-@pytest.mark.parametrize("name", ["maths", "base", "metrics"])
+@pytest.mark.parametrize("name", ["maths", "base", "files", "metrics"])
 def test_unknown_task_lists_the_valid_ones(name):
-    with pytest.raises(ValueError, match="completions, math") as error:
+    with pytest.raises(ValueError, match="completions, math, prompts, squad, superglue") as error:
         load_task(name)
     assert repr(name) in str(error.value)
 
@@ -40,3 +43,45 @@ def test_none_means_not_given(tmp_path):
     task = load_task("completions", train_file=str(file), eval_file=None, dataset=None, module=None)
     assert task.name == "completions"
     assert task.train.column_names == ["prompt", "completion"]
+
+
+def test_a_tokenizer_and_a_length_are_given_to_the_tasks_that_take_them(tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_text("act,prompt\na,b\n")
+    load_task("prompts", data_dir=str(file), num_eval=0, tokenizer=object(), max_length=3)
+    rows = tmp_path / "train.json"
+    rows.write_text('[{"context": "c", "question": "q", "answer": "c"}]')
+    with pytest.raises(TypeError, match="'object' object is not callable"):
+        load_task("squad", data_dir=str(rows), num_eval=0, tokenizer=object(), max_length=3)
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_says_in_english_what_it_asks_for(name):
+    load = importlib.import_module(f"priors_peft.tasks.{name}").load
+    assert {"num_train", "num_eval", "seed", "data_dir"} <= set(inspect.signature(load).parameters)
+    # Of the user's own data nothing is known.
+    descriptions = {"math": [math.DESCRIPTION], "squad": [squad.DESCRIPTION], "prompts": [prompts.DESCRIPTION]}
+    descriptions["superglue"] = [subtask.description for subtask in superglue.SUBTASKS.values()]
+    assert all(text.endswith(".") and len(text.split()) > 8 for text in descriptions.get(name, []))
+
+
+def test_what_follows_a_prompt():
+    assert [follow(prompt, "a") for prompt in ("", "q:", "q: ", "q:\n")] == ["a", " a", "a", "a"]
+
+
+def test_values_with_braces_are_left_as_they_are():
+    check_template("{{a}} {b}", ["b"])
+    assert "{{a}} {b}".format(b="{c}") == "{a} {c}"
+    with pytest.raises(ValueError, match="must be one of b; got 'b:>10'"):
+        check_template("{b:>10}", ["b"])
+
+
+def test_the_page_shows_every_template_and_hub_id():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    templates = [squad.TEMPLATE, math.TEMPLATE, prompts.TEMPLATE, *(s.template for s in superglue.SUBTASKS.values())]
+    for shown in [*(template.replace("\n", "⏎") for template in templates), *squad.HUB_IDS.values()]:
+        assert f"`{shown}`" in page
+    assert superglue.HUB_ID in page and prompts.HUB_ID in page
+    for name, subtask in superglue.SUBTASKS.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert all(f"`{part}`" in row for part in (*subtask.fields, *subtask.verbalizer))
