@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def score_choices(model: Any, tokenizer: Any, rows: Any, batch_size: int = 16) -
             uses[len(prompt)][(*prompt, *target[:-1])].append((number, index, target))
 
     device = next(model.parameters()).device
-    with tqdm(total=sum(map(len, uses.values())), desc="Scoring choices", leave=False) as progress:
+    cached_prompt = getattr(model, "cached_prompt", nullcontext)
+    with cached_prompt(), tqdm(total=sum(map(len, uses.values())), desc="Scoring choices", leave=False) as progress:
         # Prompts of one length together, for the reasons given in `evaluation.answer`.
         for length, group in sorted(uses.items()):
             texts = sorted(group, key=len)

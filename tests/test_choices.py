@@ -123,7 +123,7 @@ def test_training_evaluation_knows_all_answers_and_scores_choices(tmp_path, toke
     seen = []
 
     def metrics(predictions, references):
-        seen.append(references)
+        seen.append((predictions, references))
         return {"match": squad_exact_match(predictions, references)}
 
     rows = [row | {"answers": ["one", str(number)]} for number, row in enumerate(ROWS)]
@@ -139,10 +139,13 @@ def test_training_evaluation_knows_all_answers_and_scores_choices(tmp_path, toke
     )
     figures = trainer.evaluate()
     assert {"eval_match", "eval_match_by_likelihood"} <= set(figures)
-    assert seen[0] == [["one", str(number)] for number in range(5)]
+    predictions, references = seen[0]
+    assert references == [["one", str(number)] for number in range(5)]
     with pytest.raises(ValueError, match="dataset must be what is evaluated, got 5 rows and 1 answers"):
         trainer.evaluate([{"prompt": "1", "completion": " 2"}])
-    assert answer(model, tokenizer, rows, 2).references == seen[0]
+    # In the data set's order, whatever the order they are evaluated in: a prediction meets its own row's answers.
+    alone = answer(model, tokenizer, rows, 2)
+    assert alone.references == references and alone.predictions == predictions and len(set(predictions)) > 1
 
 
 def test_the_commands_report_both_for_superglue(tmp_path, capsys):
