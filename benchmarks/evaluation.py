@@ -57,7 +57,7 @@ def main() -> None:
     model_name = "bundled:smollm2-135m"
     base, tokenizer = base_model(model_name, options.device, options.dtype), load_base_model(model_name)[1]
     folder = options.data_dir and str(Path(options.data_dir) / "superglue")
-    task = load_task("superglue", name="rte", data_dir=folder, num_train=8, num_eval=ROWS)
+    task = load_task("superglue", subtask="rte", data_dir=folder, num_train=8, num_eval=ROWS)
     tuned = ours(base, VIRTUAL_TOKENS).eval()
     # Answers that end early would be padded by one side and not the other.
     tuned.generation_config.eos_token_id = None

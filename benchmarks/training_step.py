@@ -85,7 +85,7 @@ def real(name: str, options: argparse.Namespace) -> dict[str, Any]:
     base = base_model(SMOLLM, options.device, options.dtype)
     tokenizer = load_base_model(SMOLLM)[1]
     folder = options.data_dir and str(Path(options.data_dir) / ("squad" if name == "squad" else "superglue"))
-    settings = {} if name == "squad" else {"name": name}
+    settings = {} if name == "squad" else {"subtask": name}
     task = load_task("squad" if name == "squad" else "superglue", data_dir=folder, num_train=2000, **settings)
     rows = list(tokenize(task.train, tokenizer))
     order = random.Random(0).sample(range(len(rows)), 8 * options.pairs)
