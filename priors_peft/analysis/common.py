@@ -132,11 +132,14 @@ def percentile_among(values: Tensor, null: Tensor, tolerance: float = 0.0) -> Te
     Returns:
         Shape `[..., m]`, 0 to 100.
     """
-    null = null.double()[:, None] if null.ndim == 1 else null.double()
-    # A value at a time along `...`: snapshots times draws would be too many at once.
-    flat = values.double().reshape(-1, values.shape[-1])
-    shares = [((null < row - tolerance).double() + (null <= row + tolerance).double()).mean(0) / 2 for row in flat]
-    return 100 * torch.stack(shares).reshape(values.shape)
+    # As [m, n] and [m, ...], which is what a sorted search takes; one null for all is m = 1.
+    single = null.ndim == 1
+    ordered = null.double().reshape(len(null), -1).mT.contiguous().sort(-1).values
+    flat = values.double().reshape(1, -1) if single else values.double().reshape(-1, values.shape[-1]).mT.contiguous()
+    lower = torch.searchsorted(ordered, flat - tolerance)
+    not_higher = torch.searchsorted(ordered, flat + tolerance, right=True)
+    shares = (lower + not_higher).double() * 50 / len(null)
+    return (shares if single else shares.mT).reshape(values.shape)
 
 
 def band(draws: Tensor) -> Tensor:
