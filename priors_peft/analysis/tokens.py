@@ -77,7 +77,7 @@ def nearest_tokens(
     best = torch.empty(count, 0, dtype=torch.int64)
     for start in range(0, count, _QUERIES):
         queries, found = prompt[start : start + _QUERIES], torch.empty(0, 0, dtype=torch.int64)
-        for ids, scores in chunks(queries):
+        for ids, scores in chunks(queries, torch.float64):
             # Score and id in one integer, so that what comes first never hangs on how the rows are cut into chunks.
             bits = (scores.float() + 0.0).view(torch.int32).long()
             keys = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) * 2**32 + (2**32 - 1 - ids)
@@ -115,19 +115,20 @@ def best_scores(
     flat = prompts.reshape(-1, prompts.shape[-1])
     best = []
     for queries in flat.split(_QUERIES):
-        highest = torch.full((len(queries),), -torch.inf, dtype=torch.float64)
-        for _, scores in chunks(queries):
-            highest = torch.maximum(highest, scores.amax(1))
-        if metric == "l2":
-            # The chunks' scores are x·v − |v|² / 2, which orders rows as the distance does.
-            highest = -(queries.double().square().sum(-1).cpu() - 2 * highest).clamp_min(0).sqrt()
-        best.append(highest)
+        highest, nearest = torch.full((len(queries),), -torch.inf), torch.zeros(len(queries), dtype=torch.long)
+        # In float32, at half the price; the score of what is found is then computed in float64.
+        for ids, scores in chunks(queries, torch.float32):
+            found, index = scores.max(1)
+            nearest = torch.where(found > highest, ids[index], nearest)
+            highest = torch.maximum(highest, found)
+        rows = vocabulary[nearest.to(vocabulary.device)][:, None]
+        best.append(_pairwise(queries, rows, metric)[:, 0].cpu())
     return torch.cat(best).reshape(prompts.shape[:-1])
 
 
 def _prepared(
     prompt: Tensor, vocabulary: Tensor, metric: str, excluded: Ids | None, chunk_size: int | None, name: str
-) -> tuple[Tensor, Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]]:
+) -> tuple[Tensor, Callable[[Tensor, torch.dtype], Iterator[tuple[Tensor, Tensor]]]]:
     """Ids of the rows that count, and a generator of (ids, scores `[Q, c]`) over chunks of them."""
     check_choice("metric", metric, METRICS)
     vocabulary = check_points("vocabulary", vocabulary, "[V, d]")
@@ -136,15 +137,16 @@ def _prepared(
     if chunk_size is not None:
         check_at_least("chunk_size", chunk_size, 1)
 
-    def chunks(queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        queries = _scaled(queries.double(), metric)
+    def chunks(queries: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        queries = _scaled(queries.to(dtype), metric)
         size = chunk_size or max(1, _CHUNK_BYTES // (24 * queries.shape[1] + 40 * len(queries)))
         for ids in kept.split(size):
             contiguous = int(ids[-1]) - int(ids[0]) + 1 == len(ids)
             rows = vocabulary[int(ids[0]) : int(ids[-1]) + 1] if contiguous else vocabulary[ids.to(vocabulary.device)]
-            rows = _scaled(rows.double(), metric)
+            rows = _scaled(rows.to(dtype), metric)
             scores = queries.to(rows.device) @ rows.mT
             if metric == "l2":
+                # Orders rows as minus the distance does.
                 scores -= rows.square().sum(-1) / 2
             yield ids, scores.cpu()
 

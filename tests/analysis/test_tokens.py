@@ -1,10 +1,12 @@
 """Nearest tokens: exact, whatever the chunks; signal at the stated level and no more."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from priors_peft.analysis.tokens import (
     METRICS,
@@ -102,6 +104,20 @@ def test_random_prompts_from_the_prior_show_signal_at_the_stated_level():
             shown += bool(token_signal(nearest, scores[1:], level=0.05).signal.any())
         # Exactly 5 % of 500 are expected, with a standard deviation of 4.9.
         assert 25 - 15 <= shown <= 25 + 15
+
+
+@pytest.mark.skipif("PRIORS_PEFT_TINY_MODEL" not in os.environ, reason="set PRIORS_PEFT_TINY_MODEL to a real model")
+def test_random_prompts_show_signal_at_the_stated_level_on_a_real_vocabulary():
+    model = AutoModelForCausalLM.from_pretrained(os.environ["PRIORS_PEFT_TINY_MODEL"])
+    vocabulary = model.get_input_embeddings().weight.detach().float()
+    prior, generator = StructuredPrior.fit(vocabulary), torch.Generator().manual_seed(0)
+    drawn = torch.stack([prior.sample(P, generator) for _ in range(200 * 20)]).view(200, 20, P, -1)
+    scores = best_scores(drawn, vocabulary)
+    shown = 0
+    for prompt, others in zip(drawn[:, 0], scores[:, 1:], strict=True):
+        shown += bool(token_signal(nearest_tokens(prompt, vocabulary, k=1), others, level=0.05).signal.any())
+    # Exactly 5 % of 200 are expected, with a standard deviation of 3.1.
+    assert 10 - 9 <= shown <= 10 + 9
 
 
 def test_planted_tokens_are_signal_and_the_others_are_not():
