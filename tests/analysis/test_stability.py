@@ -72,6 +72,8 @@ def test_runs_of_two_kinds_are_not_equidistant_and_a_simplex_is():
     simplex = torch.eye(4)[:, None].expand(4, 4, 4).repeat(1, 1, 8)
     found = equidistance(simplex, draws, matched=True)
     assert found.coefficient_of_variation == pytest.approx(0, abs=1e-9) and found.percentile == 0
+    copies = torch.stack([draws[0], draws[0].flip(0), draws[0].roll(1, 0)])
+    assert equidistance(copies, draws, matched=True).mean == 0 < equidistance(copies, draws).mean
     close = equidistance(draws[0] + 0.1 * rows(4, 4, 32, seed=4), draws)
     assert close.mean_percentile == 0 and len(close.null_means) == 50
 

@@ -16,6 +16,7 @@ from priors_peft.analysis.tokens import (
     token_changes,
     token_signal,
 )
+from priors_peft.priors import StructuredPrior
 
 
 V, D, P = 300, 16, 6
@@ -130,6 +131,13 @@ def test_planted_tokens_are_signal_and_the_others_are_not():
     assert (found.prior_percentile[[1, 4]] == 100).all() and (found.initial_percentile[[1, 4]] == 100).all()
     assert found.p_values[1] == 1 / 199
     assert found.prior_band.shape == (2, P) and (found.prior_band[0] < found.prior_band[1]).all()
+
+
+def test_a_restless_virtual_token_does_not_hide_what_a_calm_one_shows():
+    draws = rows(199, width=P) * torch.tensor([0.01, 1, 1, 1, 1, 100])
+    scores = torch.tensor([0.08, 0, 0, 0, 0, 0])[:, None]
+    found = token_signal(NearestTokens(torch.zeros(P, 1).long(), scores.double(), "dot"), draws)
+    assert found.signal.tolist() == [True, False, False, False, False, False]
 
 
 def test_what_the_start_had_already_is_inherited_and_no_signal():
