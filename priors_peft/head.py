@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .architecture import decoder
 
 
-# Logits of that many elements at once: 64 MiB in float32, four times that with their gradient.
+# Logits of that many elements at once: 64 MiB in float32, and as much again for their gradient.
 MOST_LOGITS = 2**24
 
 
@@ -51,29 +51,27 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def supervised_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log likelihood of each target, in nats, shape `[N]`, from the states `[N, d]` that predict them."""
     rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
-    if len(hidden) <= rows:
-        return _nll(model, hidden, targets)
-    return _ChunkedNLL.apply(hidden, targets, model, rows)
+    return _NLL.apply(hidden, targets, model, rows)
 
 
-def _nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits_of(model, hidden[None])[0].float(), targets, reduction="none")
-
-
-class _ChunkedNLL(torch.autograd.Function):
-    """Takes each chunk's gradient while its logits are there, so that they need not be kept or computed twice."""
+class _NLL(torch.autograd.Function):
+    """Takes the gradient while logits are there: they need not be kept, and their gradient takes their softmax's place."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: PreTrainedModel, rows: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        values: list[Tensor] = []
-        gradients: list[Tensor] = []
+        values, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
         for chunk, part in zip(hidden.split(rows), targets.split(rows), strict=True):
             with torch.set_grad_enabled(wanted):
                 chunk = chunk.detach().requires_grad_(wanted)
-                nll = _nll(model, chunk, part)
-                gradients += torch.autograd.grad(nll.sum(), chunk) if wanted else ()
-            values.append(nll.detach())
+                # A view, as the gradient of a selection would be as large as all of it, and new.
+                logits = logits_of(model, chunk.unsqueeze(0)).squeeze(0)
+            scores = logits.detach().float().log_softmax(-1)
+            values.append(-scores.gather(1, part[:, None]).squeeze(1))
+            if wanted:
+                upstream = scores.exp_()
+                upstream[torch.arange(len(part), device=part.device), part] -= 1
+                gradients += torch.autograd.grad(logits, chunk, upstream.to(logits.dtype))
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)

@@ -42,23 +42,36 @@ def test_a_forward_that_others_put_there_is_put_back():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
-def test_chunks_change_neither_likelihood_nor_gradient(architecture, monkeypatch, rows):
-    model = make_model(architecture).requires_grad_(False)
-    results, sizes = [], []
+def test_likelihood_and_gradient_are_those_of_cross_entropy_in_chunks_of_any_size(architecture, monkeypatch, rows):
+    model, sizes = make_model(architecture).requires_grad_(False), []
     weights = torch.linspace(-1, 1, 7)  # tokens need not count alike
-    for most in (10**9, rows * VOCABULARY):
-        monkeypatch.setattr(head, "MOST_LOGITS", most)
-        monkeypatch.setattr(head, "logits_of", lambda *given: sizes.append(given[1].shape[1]) or logits_of(*given))
-        hidden, targets = states()
-        nll = supervised_nll(model, hidden, targets)
-        (nll * weights).sum().backward()
-        results.append((nll.detach(), hidden.grad))
-    (nll, gradient), (chunked, chunked_gradient) = results
-    assert torch.allclose(nll, chunked, atol=1e-5)
-    assert_close(chunked_gradient, gradient, 1e-5)
-    assert max(sizes[1:]) == rows
+    hidden, targets = states()
+    expected = torch.nn.functional.cross_entropy(logits_of(model, hidden[None])[0], targets, reduction="none")
+    (expected * weights).sum().backward()
+    expected_gradient = hidden.grad
+    monkeypatch.setattr(head, "MOST_LOGITS", rows * VOCABULARY)
+    monkeypatch.setattr(head, "logits_of", lambda *given: sizes.append(given[1].shape[1]) or logits_of(*given))
+    hidden, targets = states()
+    nll = supervised_nll(model, hidden, targets)
+    (nll * weights).sum().backward()
+    assert torch.allclose(nll, expected, atol=1e-5)
+    assert_close(hidden.grad, expected_gradient, 1e-5)
+    assert max(sizes) == rows and sum(sizes) == 7
     with torch.no_grad():
-        assert torch.allclose(supervised_nll(model, *states()), nll, atol=1e-5)
+        assert torch.equal(supervised_nll(model, *states()), nll)
+
+
+def test_half_precision_likelihoods_are_float32():
+    model = make_model().requires_grad_(False).bfloat16()
+    hidden, targets = states()
+    half = hidden.detach().bfloat16().requires_grad_()
+    nll = supervised_nll(model, half, targets)
+    assert nll.dtype == torch.float32
+    nll.sum().backward()
+    expected = torch.nn.functional.cross_entropy(
+        logits_of(model, half.detach()[None])[0].float(), targets, reduction="none"
+    )
+    assert torch.equal(nll, expected) and half.grad.dtype == torch.bfloat16 and half.grad.isfinite().all()
 
 
 def test_a_model_that_hides_its_layers_is_refused():
