@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCABULARY, make_model
+from conftest import CONFIGS, VOCABULARY, WIDTH, make_model
 from peft import PromptTuningConfig, get_peft_model
 from test_model import assert_close, without_dropout
 from transformers import AutoModelForCausalLM, MistralConfig, NemotronConfig
@@ -94,6 +94,22 @@ def test_loss_and_gradient_are_those_of_stocks_rows_alone(architecture, way, sid
     loss, gradient = ours_on(model, batches, items)
     assert abs(loss - expected / items) < 1e-5
     assert_close(gradient, expected_gradient / items, 1e-4)
+
+
+@pytest.mark.parametrize("unsupervised", [[0], [0, 1, 2]])
+def test_rows_without_labels_count_for_nothing(architecture, way, unsupervised):
+    model, texts = tuned(make_model(architecture), 4), rows((4, 9, 6))
+    without_dropout(model)
+    kept = [text for index, text in enumerate(texts) if index not in unsupervised]
+    expected, expected_gradient = 0.0, torch.zeros(4, WIDTH)
+    if kept:
+        prompt = model.prompt_encoder["default"]()[0].detach()
+        expected, expected_gradient = stock_on_each_row(make_model(architecture), prompt, kept)
+    for index in unsupervised:
+        texts[index] = (texts[index][0], torch.full_like(texts[index][1], -100))
+    loss, gradient = ours_on(model, [padded(texts, "left")], 1)
+    assert abs(loss - expected) < 1e-4 and gradient.isfinite().all()
+    assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
 
 
 @pytest.mark.parametrize("name, attention", [("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager")])
