@@ -268,7 +268,11 @@ class PriorTrainer(Trainer):
                 self._logged_step = self.state.global_step
             # Losses of micro-batches are shares of the whole batch's mean and add up, over processes too.
             nll = outputs.row_nll.view(len(names), -1).sum(1)
-            self._step_nll = loss.detach() * nll / nll.sum() if len(names) > 1 else loss.detach()[None]
+            self._step_nll = (
+                loss.detach() * nll / nll.sum().clamp_min(torch.finfo(nll.dtype).tiny)
+                if len(names) > 1
+                else loss.detach()[None]
+            )
             self._nll = self._nll + self._step_nll
             weights = [weight_at(self.model.peft_config[name].prior_weight, self.args, self.state) for name in names]
             if any(weights) and self.num_supervised_tokens:
