@@ -50,18 +50,18 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def supervised_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log likelihood of each target, in nats, shape `[N]`, from the states `[N, d]` that predict them."""
-    rows = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
-    return _NLL.apply(hidden, targets, model, rows)
+    most = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
+    return _NLL.apply(hidden, targets, model, -(-len(hidden) // most))
 
 
 class _NLL(torch.autograd.Function):
     """Takes the gradient while logits are there: they need not be kept, and their gradient takes their softmax's place."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: PreTrainedModel, rows: int) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: PreTrainedModel, chunks: int) -> Tensor:
+        wanted, chunks = ctx.needs_input_grad[0], max(1, chunks)
         values, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
-        for chunk, part in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for chunk, part in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
             with torch.set_grad_enabled(wanted):
                 chunk = chunk.detach().requires_grad_(wanted)
                 # A view, as the gradient of a selection would be as large as all of it, and new.

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,6 +29,16 @@ class Stretch:
 
     length: int
     shared: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` stretches of one length after one another, which share the same run, if any."""
+
+    count: int
+    keys: int
+    queries: int
+    shared: int | None
 
 
 @dataclass
@@ -61,6 +71,21 @@ class Layout:
         """Number of keys that each stretch's last position sees."""
         keys = self.keys
         return [s.length + (0 if s.shared is None else keys[s.shared]) for s in self.stretches]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Stretches of one length together, so that they can attend in one call."""
+        runs: list[Run] = []
+        run_of: list[int] = []
+        for stretch, queries in zip(self.stretches, self.queries, strict=True):
+            shared = None if stretch.shared is None else run_of[stretch.shared]
+            run = Run(1, stretch.length, queries, shared)
+            if shared is not None and replace(runs[-1], count=1) == run:
+                runs[-1] = replace(run, count=runs[-1].count + 1)
+            else:
+                runs.append(run)
+            run_of.append(len(runs) - 1)
+        return runs
 
     def triangle(self, window: int | None, like: Tensor) -> Tensor:
         """Additive causal mask for as many positions as any stretch sees; the masks of all are parts of it."""
@@ -119,26 +144,35 @@ def attend(
     layout.calls += 1
     inner = _own_attention(own, type(module).__module__)
     # On a CPU a call costs little and padding much, on an accelerator it is the other way round.
-    through = _one_by_one if query.device.type == "cpu" else _at_once
+    through = _by_length if query.device.type == "cpu" else _at_once
     return through(partial(inner, module, **options), query, key, value, layout, options.get("sliding_window")), None
 
 
-def _one_by_one(
+def _by_length(
     inner: Callable, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None
 ) -> Tensor:
     triangle = layout.triangle(window, query)
     # Split, as each slice's gradient would be as large as the whole.
-    queries = query.split(layout.queries, dim=2)
-    keys, values = (part.split(layout.keys, dim=2) for part in (key, value))
+    queries = query.split([run.count * run.queries for run in layout.runs], dim=2)
+    keys, values = (part.split([run.count * run.keys for run in layout.runs], dim=2) for part in (key, value))
     outputs = []
-    for index, (stretch, seen) in enumerate(zip(layout.stretches, layout.seen, strict=True)):
-        count = queries[index].shape[2]
-        if count:
-            mask = triangle[None, None, seen - count : seen, :seen]
-            chosen = [index] if stretch.shared is None else [stretch.shared, index]
-            seen_keys, seen_values = (torch.cat([of[i] for i in chosen], dim=2) for of in (keys, values))
-            outputs.append(inner(queries[index], seen_keys, seen_values, mask)[0])
-    return torch.cat(outputs, dim=1)
+    for index, run in enumerate(layout.runs):
+        if run.queries:
+            seen_keys, seen_values = (
+                _rows(of[index], run.count)
+                if run.shared is None
+                else torch.cat([of[run.shared].expand(run.count, -1, -1, -1), _rows(of[index], run.count)], dim=2)
+                for of in (keys, values)
+            )
+            seen = seen_keys.shape[2]
+            mask = triangle[None, None, seen - run.queries : seen, :seen]
+            outputs.append(inner(_rows(queries[index], run.count), seen_keys, seen_values, mask)[0].flatten(0, 1))
+    return torch.cat(outputs)[None]
+
+
+def _rows(part: Tensor, count: int) -> Tensor:
+    """`[1, H, count · L, D]` as `[count, H, L, D]`."""
+    return part if count == 1 else part[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _at_once(inner: Callable, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
@@ -232,6 +266,7 @@ def pack(text: Text, supervision: Supervision, prompts: list[tuple[int, list[int
     row_start, group_start = torch.zeros(2, len(lengths), dtype=torch.long).unbind()
     cursor = 0
     for count, members in prompts:
+        members = sorted(members, key=lambda row: lengths[row])  # rows of one length can attend in one call
         parts = [rows[members[0]][:common], *(rows[row][common:] for row in members)]
         tokens.append(torch.cat(parts))
         start, shared = cursor, cursor + count + common

@@ -15,7 +15,7 @@ from priors_peft.model import PriorPeftModel
 from priors_peft.packing import pack
 
 
-LENGTHS = {"uneven": (4, 9, 6), "equal": (5, 5, 5), "one": (7,), "short": (1, 3, 12)}
+LENGTHS = {"uneven": (4, 9, 6), "equal": (5, 5, 5), "some equal": (5, 9, 5, 9, 1), "one": (7,), "short": (1, 3, 12)}
 
 
 def rows(lengths, common=0, seed=1):
@@ -68,12 +68,12 @@ def tuned(model, count):
     return get_prior_model(model, config).train()
 
 
-@pytest.fixture(params=["packed one by one", "packed at once", "padded"])
+@pytest.fixture(params=["packed by length", "packed at once", "padded"])
 def way(request, monkeypatch):
     if request.param == "padded":
         monkeypatch.setattr(PriorPeftModel, "packs", lambda self, training: False)
     if request.param == "packed at once":  # as on an accelerator
-        monkeypatch.setattr(packing, "_one_by_one", packing._at_once)
+        monkeypatch.setattr(packing, "_by_length", packing._at_once)
     return request.param
 
 
@@ -156,11 +156,11 @@ def test_only_what_predicts_an_answer_is_computed():
     supervision = Supervision.of(batch["labels"], batch["attention_mask"])
     packed = pack(text, supervision, [(5, [0, 1, 2, 3])])
     # The last token of a row predicts nothing; a row without answers has nothing to predict, and nothing in common.
-    assert [stretch.length for stretch in packed.stretches] == [5, 3, 8, 5]
+    assert [stretch.length for stretch in packed.stretches] == [5, 3, 5, 8]
     shared = pack(
         text.of([0, 1, 2]), Supervision.of(batch["labels"][:3], batch["attention_mask"][:3]), [(5, [0, 1, 2])]
     )
-    assert [stretch.length for stretch in shared.stretches] == [5 + 2, 1, 6, 3]
+    assert [stretch.length for stretch in shared.stretches] == [5 + 2, 1, 3, 6]
 
 
 def test_positions_that_the_caller_gives_are_kept(way):
