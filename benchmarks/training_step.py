@@ -10,9 +10,9 @@ bfloat16` runs the same on a GPU. Resumable: a row that is in the output is not 
 """
 
 import argparse
+import gc
 import json
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -133,16 +133,24 @@ def memory(side: str, options: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        # What is mapped is counted once it was touched.
+        # What is mapped is counted once it was touched; and building the model and its prior peaked on its own.
         sum(float(part.sum()) for part in model.parameters())
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
     for _ in range(3):
         step(model, inputs)
     if options.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resident("VmHWM")
     print(json.dumps({"mib": (peak - before) / 2**20}))
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now (`VmRSS`), or at most since the peak was last cleared (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def profile(options: argparse.Namespace) -> None:
