@@ -19,7 +19,7 @@ from priors_peft.data import IGNORED, pad, prompts_of, tokenize
 from priors_peft.tasks import load_task
 
 
-ROWS, BATCH, NEW_TOKENS, VIRTUAL_TOKENS = 64, 16, 5, 100
+ROWS, BATCH, NEW_TOKENS, VIRTUAL_TOKENS = 32, 16, 5, 100
 
 
 @torch.no_grad()
