@@ -1,0 +1,277 @@
+"""What an analysis says, in sentences computed from it: titles of pictures, lines of the report.
+
+All take parts of `analysis.json` (format version 1) and return None where the part they speak of is not there.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+Part = Mapping[str, Any]
+
+FORMAT_VERSION = 1
+
+
+def check_analysis(analysis: Part) -> None:
+    """Raise `ValueError` unless this is an analysis of the version that is drawn, with an adapter in it."""
+    version = analysis.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"analysis must have format_version {FORMAT_VERSION}, got {version!r}: draw it with the version of "
+            "priors_peft that wrote it, or run `priors-peft analyze` again"
+        )
+    if not analysis.get("adapters"):
+        raise ValueError("analysis must hold at least one adapter, got none")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure as people write it: three significant digits, a real minus, thousands apart, "–" for None."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    text = f"{value:.{digits}f}".rstrip("0").rstrip(".") if "e" in text and abs(value) >= 1e-4 else text
+    return text.replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage, without decimals unless it is below one percent."""
+    return "–" if share is None else f"{number(100 * share, 1) if 0 < abs(share) < 0.01 else round(100 * share)} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 token`, `2 tokens`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# One adapter.
+
+
+def signal(adapter: Part, level: float) -> str | None:
+    """How many virtual tokens lie nearer to a word than chance and start explain."""
+    tokens = adapter.get("tokens")
+    if not tokens:
+        return None
+    rows = tokens["virtual_tokens"]
+    found, inherited = tokens["num_signal"], sum(bool(row["inherited"]) for row in rows)
+    verb = "lies" if found == 1 else "lie"
+    kept = f"; {inherited} stayed where they started" if inherited else ""
+    return (
+        f"{found or 'none'} of {plural(len(rows), 'virtual token')} {verb} nearer to a word than chance "
+        f"({percent(level)} level){kept}"
+    )
+
+
+def last_measure(adapter: Part, name: str, layer: int = 0) -> dict[str, Any] | None:
+    """A geometry measure at the end of training, of the first or another of the adapter's layers.
+
+    Returns:
+        `value`, `band`, `median` and `percentile`; None where it was not measured.
+    """
+    layers = (adapter.get("geometry") or {}).get("layers") or []
+    measure = layers[layer]["series"]["measures"].get(name) if layer < len(layers) else None
+    if not measure or measure["values"][-1] is None:
+        return None
+    return {
+        "value": measure["values"][-1],
+        "band": measure["band"],
+        "median": measure["median"],
+        "percentile": measure["percentile"][-1],
+    }
+
+
+def shape_of(adapter: Part, layer: int = 0) -> str | None:
+    """`"not collapsed"`, `"narrowed"` (below the prior's band of effective ranks) or `"collapsed"` (below half of it)."""
+    rank = last_measure(adapter, "effective_rank", layer)
+    if rank is None:
+        return None
+    low = rank["band"][0]
+    return "not collapsed" if rank["value"] >= low else "narrowed" if rank["value"] >= low / 2 else "collapsed"
+
+
+def collapse(adapter: Part, layer: int = 0) -> str | None:
+    """Whether the prompt fills fewer directions than random prompts of its prior."""
+    rank = last_measure(adapter, "effective_rank", layer)
+    if rank is None:
+        return None
+    low, high = map(number, rank["band"])
+    return f"{shape_of(adapter, layer)}: effective rank {number(rank['value'])}, random prompts {low} to {high}"
+
+
+def drift(adapter: Part, layer: int = 0) -> str | None:
+    """How far training moved the prompt, beside how far an unrelated prompt lies."""
+    moved = last_measure(adapter, "drift", layer)
+    if moved is None:
+        return None
+    return (
+        f"moved {number(moved['value'])} prior standard deviations; an unrelated prompt lies "
+        f"{number(moved['median'])} away"
+    )
+
+
+def faithfulness(adapter: Part) -> str | None:
+    """What is lost when the prompt is read as its nearest tokens."""
+    measured = adapter.get("faithfulness")
+    if not measured or not measured.get("waywardness"):
+        return None
+    lost, gained = measured["waywardness"]["lost"], measured["waywardness"]["gained"]
+    if gained is None:
+        return f"read as its nearest tokens it loses {number(lost)} nats per token"
+    if gained <= 0:
+        return f"no better than no prompt ({number(-gained)} nats per token worse)"
+    if lost <= 0:
+        return f"read as its nearest tokens it loses nothing of its gain of {number(gained)} nats per token"
+    share = lost / gained
+    what = "all of its gain and more" if share > 1 else f"{percent(share)} of its gain"
+    return f"read as its nearest tokens it loses {what} ({number(lost)} of {number(gained)} nats per token)"
+
+
+# Many adapters: titles of pictures.
+
+
+def _named(adapter: Part, sentence: str | None) -> str | None:
+    return sentence and f"{adapter['name']}: {sentence}"
+
+
+def tokens_title(adapters: Sequence[Part], level: float) -> str | None:
+    """Of the picture of nearest tokens; for several prompts how many show any, beside how many would by chance."""
+    measured = [adapter for adapter in adapters if adapter.get("tokens")]
+    if len(measured) < 2:
+        return _named(measured[0], signal(measured[0], level)) if measured else None
+    shown = sum(adapter["tokens"]["num_signal"] > 0 for adapter in measured)
+    found = sum(adapter["tokens"]["num_signal"] for adapter in measured)
+    total = sum(len(adapter["tokens"]["virtual_tokens"]) for adapter in measured)
+    return (
+        f"{shown or 'None'} of {len(measured)} prompts {'has' if shown < 2 else 'have'} virtual tokens nearer to a word "
+        f"than chance ({found} of {total} tokens; of random prompts {number(level * len(measured), 2)} would)"
+    )
+
+
+def geometry_title(adapters: Sequence[Part]) -> str | None:
+    """Of the picture of geometry over training."""
+    shapes = [shape for shape in map(shape_of, adapters) if shape]
+    if len(adapters) == 1 or not shapes:
+        return _named(adapters[0], collapse(adapters[0])) if adapters else None
+    collapsed, narrowed = shapes.count("collapsed"), shapes.count("narrowed")
+    moved = [found["value"] for found in (last_measure(adapter, "drift") for adapter in adapters) if found]
+    span = f"; drift {number(min(moved), 2)} to {number(max(moved), 2)} prior standard deviations" if moved else ""
+    return f"Of {len(shapes)} prompts {collapsed or 'none'} collapsed and {narrowed or 'none'} narrowed{span}"
+
+
+def projection_title(projection: Part) -> str | None:
+    """Of the picture of projections: how much of the variance it leaves out."""
+    found = projection.get("pca")
+    if not found or not found.get("explained_variance"):
+        return (
+            "t-SNE: neighbours are real, distances between clusters mean nothing" if projection.get("tsne") else None
+        )
+    shown = sum(found["explained_variance"][:2])
+    return (
+        f"The first two components show {percent(shown)} of the variance; {percent(1 - shown)} is not in the picture"
+    )
+
+
+def activations_title(activations: Part) -> str | None:
+    """Of the picture of tasks in activation space: where they are told apart best, with and without the prompt."""
+    best: dict[bool, Part] = {}
+    for layer in activations["layers"]:
+        rival = best.get(bool(layer["with_prompt"]))
+        if rival is None or layer["probe_accuracy"] > rival["probe_accuracy"]:
+            best[bool(layer["with_prompt"])] = layer
+    if not best:
+        return None
+    parts = [
+        f"{percent(layer['probe_accuracy'])} {'with' if prompted else 'without'} the prompt (layer {layer['layer']})"
+        for prompted, layer in sorted(best.items(), reverse=True)
+    ]
+    chance = next(iter(best.values()))["chance"]
+    return f"A linear probe tells the tasks apart: {', '.join(parts)}; chance is {percent(chance)}"
+
+
+def faithfulness_title(adapters: Sequence[Part]) -> str | None:
+    """Of the picture of losses: how much of the prompts' gain their nearest tokens keep."""
+    measured = [adapter for adapter in adapters if faithfulness(adapter)]
+    if len(measured) < 2:
+        return _named(measured[0], faithfulness(measured[0])) if measured else None
+    useful = [
+        way
+        for way in (adapter["faithfulness"]["waywardness"] for adapter in measured)
+        if way["gained"] is not None and way["gained"] > 0
+    ]
+    if not useful:
+        return f"None of {len(measured)} prompts is known to be better than no prompt"
+    half = sum(way["lost"] > way["gained"] / 2 for way in useful)
+    return (
+        f"Read as its nearest tokens, a prompt loses more than half of its gain: {half or 'none'} of {len(useful)} "
+        "prompts that are better than no prompt"
+    )
+
+
+def stability(group: Part) -> str:
+    """What several runs of a task say: metric, distances, barriers."""
+    parts = []
+    if spread := group.get("metric_spread"):
+        parts.append(
+            f"{spread.get('metric') or 'metric'} {number(spread['mean'])} ± {number(spread['std'], 2)} "
+            f"({plural(spread['count'], 'run')})"
+        )
+    if equal := group.get("equidistance"):
+        where = equal["percentile"]
+        says = "more equal than" if where < 5 else "less equal than" if where > 95 else "as equal as"
+        parts.append(f"distances {says} those of random prompts")
+    heights = [line["barrier"]["height"] for line in group.get("lines") or []]
+    if heights:
+        parts.append(f"highest barrier between two runs {number(max(heights), 2)} nats per token")
+    return "; ".join(parts) or f"{len(group['adapters'])} runs"
+
+
+def stability_title(groups: Sequence[Part]) -> str | None:
+    """Of the picture of runs."""
+    if not groups:
+        return None
+    if len(groups) == 1:
+        return f"{groups[0]['task']}: {stability(groups[0])}"
+    heights = [line["barrier"]["height"] for group in groups for line in group.get("lines") or []]
+    equal = [group["equidistance"]["percentile"] for group in groups if group.get("equidistance")]
+    parts = []
+    if equal:
+        inside = sum(5 <= where <= 95 for where in equal)
+        parts.append(
+            f"in {inside or 'none'} of {plural(len(equal), 'task')} runs lie as equally far apart as random prompts"
+        )
+    if heights:
+        parts.append(f"highest barrier between two runs {number(max(heights), 2)} nats per token")
+    return capital("; ".join(parts)) or f"Runs of {len(groups)} tasks"
+
+
+def transfer_title(transfer: Part) -> str:
+    """Of the transfer matrix: the share that beats no prompt."""
+    wins, total = transfer.get("wins"), transfer.get("transfers")
+    counts = f" ({wins} of {total})" if wins is not None and total else ""
+    return f"{percent(transfer['share_beating_no_prompt'])} of transfers to other tasks beat no prompt{counts}"
+
+
+def correlation(name: str, found: Part) -> str:
+    """Whether a similarity foretells transfer."""
+    if found["rho"] is None:
+        return f"{name}: does not vary"
+    least = f", can't be below {number(found['smallest_p'], 2)}" if found.get("smallest_p") else ""
+    low, high = (number(bound, 2) for bound in found["interval"])
+    return f"{name}: ρ = {number(found['rho'], 2)} (95 % {low} to {high}), p = {number(found['p_value'], 2)}{least}"
+
+
+def capital(sentence: str) -> str:
+    """`sentence` with a capital letter in front, the rest as it is."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def gains(transfer: Part) -> list[list[float | None]]:
+    """What each prompt adds to no prompt on each task, better is positive, `[N][M]`."""
+    sign = 1 if transfer["higher_is_better"] else -1
+    return [
+        [
+            None if None in (score, none) else sign * (score - none)
+            for score, none in zip(row, transfer["no_prompt"], strict=True)
+        ]
+        for row in transfer["scores"]
+    ]

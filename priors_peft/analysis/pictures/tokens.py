@@ -1,0 +1,109 @@
+"""Picture of the nearest tokens: each virtual token beside random prompts and its start."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import claims
+from .style import (
+    DETAILED,
+    GREY,
+    INHERITED,
+    SIGNAL,
+    adapter_rows,
+    add_legend,
+    drawable,
+    new_figure,
+    prior_band,
+    token_state,
+)
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCORES = {
+    "cosine": "cosine to the nearest token",
+    "l2": "minus the distance to the nearest token",
+    "dot": "dot product with the nearest token",
+}
+
+_ROWS = 40
+
+
+def draw(analysis: claims.Part) -> "Figure | None":
+    adapters = [adapter for adapter in analysis["adapters"] if adapter.get("tokens")]
+    title = claims.tokens_title(adapters, analysis["level"])
+    if title is None:
+        return None
+    styles = {
+        "signal": {"marker": "o", "color": SIGNAL},
+        "inherited": {"marker": "s", "color": INHERITED},
+        "chance": {"marker": "o", "color": GREY},
+    }
+    legend = {
+        "nearer than chance": styles["signal"],
+        "inherited from the start": styles["inherited"],
+        "within chance": styles["chance"],
+        "random prompts, 5 to 95 %": {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7},
+    }
+    detailed = len(adapters) <= DETAILED
+    columns = min(2, len(adapters)) if detailed else 1
+    rows = math.ceil(len(adapters) / columns) if detailed else 1
+    most = min(_ROWS, max(len(adapter["tokens"]["virtual_tokens"]) for adapter in adapters))
+    figure = new_figure(title, 0.8 + (rows * (0.5 + 0.19 * most) if detailed else 0.3 + 0.3 * len(adapters)))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    if detailed:
+        for axis, adapter in zip(axes, adapters, strict=False):
+            _token_rows(axis, adapter, styles)
+        legend["at the start"] = {"marker": "D", "color": GREY, "markerfacecolor": "white"}
+        for axis in axes[len(adapters) :]:
+            axis.set_visible(False)
+    else:
+        _token_strips(axes[0], adapters, styles)
+    for axis in axes:
+        axis.set_xlabel(SCORES[adapters[0]["tokens"]["metric"]])
+    add_legend(figure, legend, loc="outside lower left", ncols=3)
+    return figure
+
+
+def _token_rows(axis: "Axes", adapter: claims.Part, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row for each virtual token: what random prompts score, where it started, where it is."""
+    tokens = adapter["tokens"]
+    bounds = prior_band(tokens)
+    order = sorted(range(len(tokens["virtual_tokens"])), key=lambda i: tokens["virtual_tokens"][i]["p_value"])[:_ROWS]
+    order.sort()
+    axis.barh(
+        range(len(order)), bounds[1, order] - bounds[0, order], left=bounds[0, order], height=0.55, color="#D9D9D9"
+    )
+    for place, index in enumerate(order):
+        row = tokens["virtual_tokens"][index]
+        if row.get("initial_nearest"):
+            start = row["initial_nearest"][0]["score"]
+            axis.plot([start, row["score"]], [place, place], color=GREY, linewidth=0.7)
+            axis.plot(start, place, marker="D", markersize=4, color=GREY, markerfacecolor="white")
+        axis.plot(row["score"], place, markersize=5, linestyle="none", **styles[token_state(row)])
+    labels = [f"{drawable(tokens['virtual_tokens'][i]['nearest'][0]['text'], 16)}  {i}" for i in order]
+    axis.set_yticks(range(len(order)), labels)
+    for label, index in zip(axis.get_yticklabels(), order, strict=True):
+        label.set_fontweight("bold" if tokens["virtual_tokens"][index]["signal"] else "normal")
+    axis.set_ylim(len(order) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    left_out = len(tokens["virtual_tokens"]) - len(order)
+    axis.set_title(
+        drawable(adapter["name"], 40) + (f" (the {_ROWS} least like chance)" if left_out else ""), loc="left"
+    )
+
+
+def _token_strips(axis: "Axes", adapters: Sequence[claims.Part], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row for each adapter, a dot for each virtual token."""
+    for place, adapter in enumerate(adapters):
+        bounds = prior_band(adapter["tokens"]).mean(1)
+        axis.barh(place, bounds[1] - bounds[0], left=bounds[0], height=0.7, color="#D9D9D9")
+        rows = adapter["tokens"]["virtual_tokens"]
+        for kind in ("chance", "inherited", "signal"):
+            chosen = [row for row in rows if token_state(row) == kind]
+            heights = [place - 0.3 + 0.6 * row["index"] / max(1, len(rows) - 1) for row in chosen]
+            axis.plot([row["score"] for row in chosen], heights, markersize=3.5, linestyle="none", **styles[kind])
+    adapter_rows(axis, adapters)
