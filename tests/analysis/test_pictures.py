@@ -1,0 +1,154 @@
+"""Pictures: there where their data is, the same every time, with claims that follow the data and text that breaks nothing."""
+
+import copy
+import sys
+import warnings
+
+import pytest
+from planted_analysis import NASTY, planted
+
+from priors_peft.analysis import claims
+from priors_peft.analysis.pictures import faithfulness, geometry, projection, save_pictures, style, tokens, transfer
+
+
+NAMES = ["tokens", "geometry", "projection", "activations", "faithfulness", "stability", "transfer"]
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return planted()
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def title(picture, analysis) -> str:
+    return picture.draw(analysis)._suptitle.get_text().replace("\n", " ")
+
+
+def test_every_part_has_a_picture_of_card_width_that_is_the_same_every_time(analysis, tmp_path):
+    written = save_pictures(analysis, tmp_path / "one")
+    assert [path.name for path in written] == [f"{name}.png" for name in NAMES]
+    for path in written:
+        header = path.read_bytes()[:24]
+        assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") == 1200
+    again = save_pictures(copy.deepcopy(analysis), tmp_path / "two")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+
+
+@pytest.mark.parametrize("name", ["projection", "activations", "stability", "transfer"])
+def test_a_part_that_is_not_there_has_no_picture(name, analysis, tmp_path):
+    assert f"{name}.png" not in {path.name for path in save_pictures(analysis | {name: None}, tmp_path)}
+
+
+def test_an_adapter_without_anything_measured_has_no_picture(analysis, tmp_path):
+    bare = [{**analysis["adapters"][0], "tokens": None, "geometry": None, "faithfulness": None}]
+    rest = dict.fromkeys(("projection", "activations", "stability", "transfer", "words", "questions"))
+    assert save_pictures(analysis | rest | {"adapters": bare}, tmp_path) == []
+
+
+@pytest.mark.parametrize("parts", [{"count": 1}, {"count": 9}, {"count": 2, "deep": True}, {"snapshots": 1}])
+def test_one_prompt_many_prompts_deep_prompts_and_prompts_without_history_are_drawn(parts, tmp_path):
+    assert len(save_pictures(planted(**parts), tmp_path)) >= 5
+
+
+def test_a_prompt_of_one_or_of_many_virtual_tokens_is_drawn(tmp_path):
+    assert save_pictures(planted(count=1, virtual_tokens=1), tmp_path)
+    assert save_pictures(planted(count=1, virtual_tokens=60, snapshots=2), tmp_path)
+
+
+def test_what_was_not_measured_of_an_adapter_is_left_out(analysis, tmp_path):
+    changed = copy.deepcopy(analysis)
+    first = changed["adapters"][0]
+    first["faithfulness"] |= {"initial_nll": None, "no_prompt_nll": None, "ablations": None}
+    first["faithfulness"]["waywardness"] |= {"gained": None, "lost_share": None}
+    for row in first["tokens"]["virtual_tokens"]:
+        row |= {"initial_nearest": None, "initial_percentile": None, "inherited": None}
+    first["geometry"]["layers"][0]["series"]["measures"]["drift"]["values"] = [None] * 6
+    changed["projection"]["tsne"] = None
+    changed["stability"]["groups"][0] |= {"lines": [], "equidistance": None, "metric_spread": None}
+    changed["transfer"] |= {"correlations": None, "similarities": None}
+    assert len(save_pictures(changed, tmp_path)) == len(NAMES)
+
+
+def test_the_title_counts_the_virtual_tokens_with_signal(analysis):
+    alone = analysis | {"adapters": [copy.deepcopy(analysis["adapters"][2])]}
+    found = alone["adapters"][0]["tokens"]
+    # Planted: 0 was moved onto a word, 1 lay on one from the start.
+    assert [row["signal"] for row in found["virtual_tokens"][:2]] == [True, False]
+    assert found["virtual_tokens"][1]["inherited"]
+    assert f"{found['num_signal']} of 12 virtual token" in title(tokens, alone)
+    assert "(5 % level); 1 stayed where they started" in title(tokens, alone)
+    found["num_signal"] = 0
+    assert "none of 12 virtual tokens lie" in title(tokens, alone)
+
+
+def test_the_title_says_which_prompts_collapsed(analysis):
+    assert claims.shape_of(analysis["adapters"][1]) == "collapsed"
+    assert claims.shape_of(analysis["adapters"][2]) == "not collapsed"
+    assert title(geometry, analysis).startswith("Of 4 prompts 1 collapsed and none narrowed")
+
+
+def test_titles_follow_losses_variance_and_transfer(analysis):
+    pca = analysis["projection"]["pca"]["explained_variance"]
+    assert f"show {round(100 * sum(pca))} % of the variance" in title(projection, analysis)
+    ways = [adapter["faithfulness"]["waywardness"] for adapter in analysis["adapters"]]
+    useful = [way for way in ways if way["gained"] > 0]
+    half = sum(way["lost"] > way["gained"] / 2 for way in useful)
+    assert f"{half} of {len(useful)} prompts" in title(faithfulness, analysis)
+    gains = claims.gains(analysis["transfer"])
+    own = analysis["transfer"]["own"]
+    wins = sum(gain > 0 for i, row in enumerate(gains) for j, gain in enumerate(row) if own[i] != j)
+    assert f"({wins} of 12)" in title(transfer, analysis)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "says"),
+    [
+        (0.5, 1.0, "loses 50 % of its gain (0.5 of 1 nats per token)"),
+        (-0.1, 1.0, "loses nothing of its gain of 1 nats"),
+        (2.0, 1.0, "loses all of its gain and more"),
+        (0.1, -0.25, "no better than no prompt (0.25 nats per token worse)"),
+        (0.1, None, "loses 0.1 nats per token"),
+    ],
+)
+def test_faithfulness_is_said_as_it_was_measured(lost, gained, says):
+    assert says in claims.faithfulness({"faithfulness": {"waywardness": {"lost": lost, "gained": gained}}})
+
+
+@pytest.mark.parametrize("text", [*NASTY, "", "_" * 50, "中" * 30])
+def test_text_is_short_and_of_characters_that_the_font_has(text):
+    shown = style.drawable(text, 18)
+    assert len(shown.removeprefix("\u200a")) <= 18
+    assert all(style._has_glyph(character) for character in shown)
+    assert text.isascii() is False or not text.isprintable() or len(text) > 18 or text in shown
+
+
+def test_adapters_have_colours_of_their_own_or_their_tasks(analysis):
+    few = style.colours(analysis["adapters"])
+    assert len({colour for colour, _ in few.values()}) == 4
+    many = [{"name": f"{task}-{seed}", "task": task} for task in ("a", "b", "c") for seed in range(4)]
+    looks = style.colours(many)
+    assert looks["a-0"] == looks["a-3"] == (style.COLOURS[0], "a") and looks["c-1"] == (style.COLOURS[2], "c")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.12345, "0.123"), (-3.0, "−3"), (123456.0, "123,456"), (1234.5, "1,234"), (None, "–"), (0.00012, "0.00012"), (0.0, "0")],
+)  # fmt: skip
+def test_numbers_are_written_as_people_write_them(value, shown):
+    assert claims.number(value) == shown
+
+
+def test_a_missing_package_and_another_version_are_named(analysis, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="format_version 1, got 2"):
+        save_pictures(analysis | {"format_version": 2}, tmp_path)
+    with pytest.raises(ValueError, match="at least one adapter, got none"):
+        save_pictures(analysis | {"adapters": []}, tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "priors_peft\[analysis\]"'):
+        save_pictures(analysis, tmp_path)
