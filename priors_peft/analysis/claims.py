@@ -47,15 +47,23 @@ def plural(count: int, noun: str) -> str:
 # One adapter.
 
 
+def token_state(row: Part, level: float) -> str:
+    """What a virtual token's nearest word is: `"signal"`, `"inherited"` (beyond chance, but so at the start) or
+    `"chance"`."""
+    if row["signal"]:
+        return "signal"
+    return "inherited" if row["inherited"] and row["p_value"] <= level else "chance"
+
+
 def signal(adapter: Part, level: float) -> str | None:
     """How many virtual tokens lie nearer to a word than chance and start explain."""
     tokens = adapter.get("tokens")
     if not tokens:
         return None
     rows = tokens["virtual_tokens"]
-    found, inherited = tokens["num_signal"], sum(bool(row["inherited"]) for row in rows)
+    found, inherited = tokens["num_signal"], sum(token_state(row, level) == "inherited" for row in rows)
     verb = "lies" if found == 1 else "lie"
-    kept = f"; {inherited} stayed where they started" if inherited else ""
+    kept = f"; {inherited} more did from the start" if inherited else ""
     return (
         f"{found or 'none'} of {plural(len(rows), 'virtual token')} {verb} nearer to a word than chance "
         f"({percent(level)} level){kept}"
@@ -230,7 +238,7 @@ def stability_title(groups: Sequence[Part]) -> str | None:
     if not groups:
         return None
     if len(groups) == 1:
-        return f"{groups[0]['task']}: {stability(groups[0])}"
+        return f"{groups[0]['task'] or 'Runs'}: {stability(groups[0])}"
     heights = [line["barrier"]["height"] for group in groups for line in group.get("lines") or []]
     equal = [group["equidistance"]["percentile"] for group in groups if group.get("equidistance")]
     parts = []

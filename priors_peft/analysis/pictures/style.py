@@ -71,11 +71,6 @@ def array(values: Any) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def token_state(row: claims.Part) -> str:
-    """`"signal"`, `"inherited"` or `"chance"`: what a virtual token's nearest word is."""
-    return "signal" if row["signal"] else "inherited" if row["inherited"] else "chance"
-
-
 def prior_band(tokens: claims.Part) -> np.ndarray:
     """Bounds of random prompts' scores for each virtual token, `[2, P]`."""
     low, high = tokens["prior_band"]

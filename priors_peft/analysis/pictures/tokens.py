@@ -5,18 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import claims
-from .style import (
-    DETAILED,
-    GREY,
-    INHERITED,
-    SIGNAL,
-    adapter_rows,
-    add_legend,
-    drawable,
-    new_figure,
-    prior_band,
-    token_state,
-)
+from .style import DETAILED, GREY, INHERITED, SIGNAL, adapter_rows, add_legend, drawable, new_figure, prior_band
 
 
 if TYPE_CHECKING:
@@ -30,6 +19,8 @@ SCORES = {
 }
 
 _ROWS = 40
+
+_Styles = Mapping[str, Mapping[str, Any]]
 
 
 def draw(analysis: claims.Part) -> "Figure | None":
@@ -56,19 +47,19 @@ def draw(analysis: claims.Part) -> "Figure | None":
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     if detailed:
         for axis, adapter in zip(axes, adapters, strict=False):
-            _token_rows(axis, adapter, styles)
+            _token_rows(axis, adapter, styles, analysis["level"])
         legend["at the start"] = {"marker": "D", "color": GREY, "markerfacecolor": "white"}
         for axis in axes[len(adapters) :]:
             axis.set_visible(False)
     else:
-        _token_strips(axes[0], adapters, styles)
+        _token_strips(axes[0], adapters, styles, analysis["level"])
     for axis in axes:
         axis.set_xlabel(SCORES[adapters[0]["tokens"]["metric"]])
     add_legend(figure, legend, loc="outside lower left", ncols=3)
     return figure
 
 
-def _token_rows(axis: "Axes", adapter: claims.Part, styles: Mapping[str, Mapping[str, Any]]) -> None:
+def _token_rows(axis: "Axes", adapter: claims.Part, styles: _Styles, level: float) -> None:
     """A row for each virtual token: what random prompts score, where it started, where it is."""
     tokens = adapter["tokens"]
     bounds = prior_band(tokens)
@@ -83,7 +74,7 @@ def _token_rows(axis: "Axes", adapter: claims.Part, styles: Mapping[str, Mapping
             start = row["initial_nearest"][0]["score"]
             axis.plot([start, row["score"]], [place, place], color=GREY, linewidth=0.7)
             axis.plot(start, place, marker="D", markersize=4, color=GREY, markerfacecolor="white")
-        axis.plot(row["score"], place, markersize=5, linestyle="none", **styles[token_state(row)])
+        axis.plot(row["score"], place, markersize=5, linestyle="none", **styles[claims.token_state(row, level)])
     labels = [f"{drawable(tokens['virtual_tokens'][i]['nearest'][0]['text'], 16)}  {i}" for i in order]
     axis.set_yticks(range(len(order)), labels)
     for label, index in zip(axis.get_yticklabels(), order, strict=True):
@@ -96,14 +87,14 @@ def _token_rows(axis: "Axes", adapter: claims.Part, styles: Mapping[str, Mapping
     )
 
 
-def _token_strips(axis: "Axes", adapters: Sequence[claims.Part], styles: Mapping[str, Mapping[str, Any]]) -> None:
+def _token_strips(axis: "Axes", adapters: Sequence[claims.Part], styles: _Styles, level: float) -> None:
     """A row for each adapter, a dot for each virtual token."""
     for place, adapter in enumerate(adapters):
         bounds = prior_band(adapter["tokens"]).mean(1)
         axis.barh(place, bounds[1] - bounds[0], left=bounds[0], height=0.7, color="#D9D9D9")
         rows = adapter["tokens"]["virtual_tokens"]
         for kind in ("chance", "inherited", "signal"):
-            chosen = [row for row in rows if token_state(row) == kind]
+            chosen = [row for row in rows if claims.token_state(row, level) == kind]
             heights = [place - 0.3 + 0.6 * row["index"] / max(1, len(rows) - 1) for row in chosen]
             axis.plot([row["score"] for row in chosen], heights, markersize=3.5, linestyle="none", **styles[kind])
     adapter_rows(axis, adapters)

@@ -16,7 +16,6 @@ from ...files import atomic_path
 from .. import claims
 from ..pictures.activations import conditions
 from ..pictures.projection import KIND_LABELS
-from ..pictures.style import token_state
 from .figures import figures
 
 
@@ -56,7 +55,6 @@ def _render(analysis: claims.Part) -> str:
         "number": claims.number,
         "percent": claims.percent,
         "capital": claims.capital,
-        "state": token_state,
     }
     plotly, script = _plotly(), _text("report.js")
     return environment.get_template("report.html").render(

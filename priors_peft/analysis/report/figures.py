@@ -9,7 +9,9 @@ from .plots import Figure
 def figures(analysis: claims.Part) -> dict[str, Figure]:
     """Traces and layouts of what an analysis holds, as `Plotly.newPlot` takes them."""
     adapters = analysis["adapters"]
-    found = {f"tokens-{i}": prompts.tokens(each) for i, each in enumerate(adapters) if each.get("tokens")}
+    found = {
+        f"tokens-{i}": prompts.tokens(each, analysis["level"]) for i, each in enumerate(adapters) if each.get("tokens")
+    }
     found |= {f"geometry-{layer}": prompts.geometry(adapters, layer) for layer in prompts.geometry_layers(adapters)}
     if analysis.get("words"):
         found["words"] = prompts.words(analysis["words"])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from .. import claims
 from ..pictures.geometry import MEASURES, bands, known_steps, measured_names
 from ..pictures.projection import KIND_LABELS, KINDS, ways
-from ..pictures.style import GREY, INHERITED, PALE, SIGNAL, array, colours, prior_band, token_state
+from ..pictures.style import GREY, INHERITED, PALE, SIGNAL, array, colours, prior_band
 from ..pictures.tokens import SCORES
 from .plots import BAND, Figure, axis_key, heading, name_axis, on, panels, plain, rounded, short, title
 
@@ -16,7 +16,7 @@ def geometry_layers(adapters: Sequence[claims.Part]) -> list[int]:
     return sorted({layer["layer"] for layer in layers}, key=lambda layer: (layer < 0, layer))
 
 
-def tokens(adapter: claims.Part) -> Figure:
+def tokens(adapter: claims.Part, level: float) -> Figure:
     """Each virtual token's score, beside random prompts and the start."""
     rows, metric = adapter["tokens"]["virtual_tokens"], adapter["tokens"]["metric"]
     low, high = prior_band(adapter["tokens"])
@@ -53,7 +53,7 @@ def tokens(adapter: claims.Part) -> Figure:
         ("inherited", "inherited from the start", INHERITED, "square"),
         ("signal", "nearer than chance", SIGNAL, "circle"),
     ):
-        chosen = [row for row in rows if token_state(row) == state]
+        chosen = [row for row in rows if claims.token_state(row, level) == state]
         data.append(
             {
                 "type": "scatter",
