@@ -253,7 +253,10 @@ def stability_title(groups: Sequence[Part]) -> str | None:
 
 
 def transfer_title(transfer: Part) -> str:
-    """Of the transfer matrix: the share that beats no prompt."""
+    """Of the transfer matrix: the share that beats no prompt; of all pairs where own tasks are not known."""
+    if transfer.get("share_beating_no_prompt") is None:
+        cells = [gain for row in gains(transfer) for gain in row if gain is not None]
+        return f"{sum(gain > 0 for gain in cells)} of {len(cells)} pairs of a prompt and a task beat no prompt"
     wins, total = transfer.get("wins"), transfer.get("transfers")
     counts = f" ({wins} of {total})" if wins is not None and total else ""
     return f"{percent(transfer['share_beating_no_prompt'])} of transfers to other tasks beat no prompt{counts}"

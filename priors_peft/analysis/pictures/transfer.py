@@ -28,17 +28,22 @@ def draw(analysis: claims.Part) -> "Figure | None":
     ]
     most = max(float(np.nanmax(np.abs(gains))), 1e-9)
     image = heat_map(axes[0], gains, vmin=-most, vmax=most, cmap="PuOr", aspect="auto")
-    for row, column in enumerate(transfer["own"]):
+    for row, column in own_cells(transfer):
         axes[0].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(transfer["tasks"]) > 4 else {}
     axes[0].set_xticks(range(len(transfer["tasks"])), [drawable(task, 14) for task in transfer["tasks"]], **turned)
     axes[0].set_yticks(range(len(gains)), [drawable(name, 18) for name in transfer["prompts"]])
     axes[0].set_xlabel("measured on (framed: trained on)")
     axes[0].set_ylabel("prompt")
-    figure.colorbar(image, ax=axes[0], label=f"{drawable(transfer['metric'], 20)}: better than no prompt by")
+    figure.colorbar(image, ax=axes[0], label=f"{drawable(transfer['metric'], 24)}: better than no prompt by")
     if correlations:
         _forest(axes[1], correlations)
     return figure
+
+
+def own_cells(transfer: claims.Part) -> list[tuple[int, int]]:
+    """Row and column of each prompt on its own task, where it is known and among the tasks."""
+    return [(row, column) for row, column in enumerate(transfer.get("own") or []) if column is not None]
 
 
 def _forest(axis: "Axes", correlations: claims.Part) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from .. import claims
 from ..pictures.faithfulness import LOSS_UNIT, LOSSES, nearest_word
 from ..pictures.style import COLOURS, GREY, array
+from ..pictures.transfer import own_cells
 from .plots import Figure, axis_key, heading, heat_map, name_axis, on, panels, plain, rounded, short, title
 
 
@@ -157,7 +158,7 @@ def transfer(transfer: claims.Part) -> Figure:
             "y1": i + 0.5,
             "line": {"color": GREY, "width": 3},
         }
-        for i, j in enumerate(transfer["own"])
+        for i, j in own_cells(transfer)
     ]
     layout = {
         "height": 200 + 28 * len(gains),
