@@ -34,6 +34,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def decimals(value: float | None) -> str:
+    """A figure between −1 and 1 with two decimals."""
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage, without decimals unless it is below one percent."""
     return "–" if share is None else f"{number(100 * share, 1) if 0 < abs(share) < 0.01 else round(100 * share)} %"
@@ -151,19 +156,23 @@ def tokens_title(adapters: Sequence[Part], level: float) -> str | None:
     total = sum(len(adapter["tokens"]["virtual_tokens"]) for adapter in measured)
     return (
         f"{shown or 'None'} of {len(measured)} prompts {'has' if shown < 2 else 'have'} virtual tokens nearer to a word "
-        f"than chance ({found} of {total} tokens; of random prompts {number(level * len(measured), 2)} would)"
+        f"than chance ({found} of {total} tokens); {number(level * len(measured), 2)} of {len(measured)} random ones would"
     )
 
 
 def geometry_title(adapters: Sequence[Part]) -> str | None:
     """Of the picture of geometry over training."""
-    shapes = [shape for shape in map(shape_of, adapters) if shape]
+    shapes = {adapter["name"]: shape_of(adapter) for adapter in adapters if shape_of(adapter)}
     if len(adapters) == 1 or not shapes:
         return _named(adapters[0], collapse(adapters[0])) if adapters else None
-    collapsed, narrowed = shapes.count("collapsed"), shapes.count("narrowed")
     moved = [found["value"] for found in (last_measure(adapter, "drift") for adapter in adapters) if found]
     span = f"; drift {number(min(moved), 2)} to {number(max(moved), 2)} prior standard deviations" if moved else ""
-    return f"Of {len(shapes)} prompts {collapsed or 'none'} collapsed and {narrowed or 'none'} narrowed{span}"
+    found = {which: [name for name, shape in shapes.items() if shape == which] for which in ("collapsed", "narrowed")}
+    parts = [
+        f"{len(names) or 'none'} {which}" + (f" ({', '.join(names)})" if 0 < len(names) < 3 else "")
+        for which, names in found.items()
+    ]
+    return f"Of {len(shapes)} prompts {' and '.join(parts)}{span}"
 
 
 def projection_title(projection: Part) -> str | None:
@@ -225,8 +234,8 @@ def stability(group: Part) -> str:
         )
     if equal := group.get("equidistance"):
         where = equal["percentile"]
-        says = "more equal than" if where < 5 else "less equal than" if where > 95 else "as equal as"
-        parts.append(f"distances {says} those of random prompts")
+        says = "more evenly" if where < 5 else "less evenly" if where > 95 else "as evenly"
+        parts.append(f"runs lie {says} apart {'as' if 5 <= where <= 95 else 'than'} random prompts")
     heights = [line["barrier"]["height"] for line in group.get("lines") or []]
     if heights:
         parts.append(f"highest barrier between two runs {number(max(heights), 2)} nats per token")
@@ -245,7 +254,7 @@ def stability_title(groups: Sequence[Part]) -> str | None:
     if equal:
         inside = sum(5 <= where <= 95 for where in equal)
         parts.append(
-            f"in {inside or 'none'} of {plural(len(equal), 'task')} runs lie as equally far apart as random prompts"
+            f"in {inside or 'none'} of {plural(len(equal), 'task')} runs lie as evenly apart as random prompts"
         )
     if heights:
         parts.append(f"highest barrier between two runs {number(max(heights), 2)} nats per token")

@@ -39,7 +39,8 @@ def planted(
     generator = torch.Generator().manual_seed(1)
     draws = torch.stack([prior.sample(virtual_tokens, generator) for _ in range(DRAWS)])
     null = tokens.best_scores(draws, vocabulary)
-    optima = {task: rows(virtual_tokens, D, seed=100 + index) for index, task in enumerate(TASKS)}
+    shared = rows(virtual_tokens, D, seed=99)
+    optima = {task: shared + 0.7 * rows(virtual_tokens, D, seed=100 + index) for index, task in enumerate(TASKS)}
     prompts, starts, ways = [], [], []
     for index in range(count):
         start = prior.sample(virtual_tokens, torch.Generator().manual_seed(50 + index))
@@ -47,7 +48,7 @@ def planted(
         end = torch.lerp(start, optima[TASKS[index % 4]], 0.6)
         end[0], end[1] = 2 * vocabulary[2 * index], start[1]
         if index == 1:
-            end = end[:1] + 0.1 * end
+            end = 0.5 * end[:1] + 0.1 * end
         starts.append(start)
         prompts.append(end)
         ways.append(torch.stack([torch.lerp(start, end, float(t)) for t in torch.linspace(0, 1, snapshots)]))

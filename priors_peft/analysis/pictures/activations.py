@@ -66,7 +66,7 @@ def _panel(axis: "Axes", layer: claims.Part, looks: Mapping[str, Mapping[str, An
         axis.plot(points[:, 0], points[:, 1], linestyle="none", **looks[group["name"]])
     axis.set_title(
         f"layer {layer['layer']}\nprobe {claims.percent(layer['probe_accuracy'])}, "
-        f"silhouette {claims.number(layer['silhouette'], 2)}",
+        f"silhouette {claims.decimals(layer['silhouette'])}",
         loc="left",
         fontsize=8,
     )

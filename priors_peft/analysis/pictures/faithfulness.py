@@ -1,5 +1,6 @@
 """Picture of what reading a prompt as text loses, and of what each virtual token is worth."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,56 +24,64 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LOSS_UNIT = "loss (nats per answer token)"
 
+# Most bars that their words fit under.
+_NAMED = 24
+
 
 def draw(analysis: claims.Part) -> "Figure | None":
     adapters = [adapter for adapter in analysis["adapters"] if adapter.get("faithfulness")]
     title = claims.faithfulness_title(adapters)
     if title is None:
         return None
-    detailed = len(adapters) <= DETAILED
-    figure = new_figure(title, 0.9 + (1.7 if detailed else 0.32) * len(adapters))
-    grid = figure.add_gridspec(len(adapters) if detailed else 1, 2)
-    left = figure.add_subplot(grid[:, 0])
-    for place, adapter in enumerate(adapters):
-        losses = {key: adapter["faithfulness"].get(key) for key in LOSSES}
-        found = [loss for loss in losses.values() if loss is not None]
-        left.plot([min(found), max(found)], [place, place], color="#D9D9D9", linewidth=3, zorder=1)
-        for key, loss in losses.items():
-            if loss is not None:
-                left.plot(loss, place, linestyle="none", **{"markersize": 6, **LOSSES[key][1]})
-    adapter_rows(left, adapters)
-    left.set_xlabel(LOSS_UNIT)
-    left.set_title("lower is better", loc="left")
-    if detailed:
-        for place, adapter in enumerate(adapters):
-            _bars(figure.add_subplot(grid[place, 1]), adapter, last=place == len(adapters) - 1)
+    if len(adapters) <= DETAILED:
+        rows = math.ceil(len(adapters) / 2)
+        heights = [0.6 + 0.3 * len(adapters), *[2.1] * rows]
+        figure = new_figure(title, 0.4 + sum(heights))
+        above, below = figure.subfigures(2, 1, height_ratios=[heights[0], sum(heights[1:])])
+        losses = above.subplots()
+        axes = below.subplots(rows, min(2, len(adapters)), squeeze=False).ravel()
+        for axis, adapter in zip(axes, adapters, strict=False):
+            _bars(axis, adapter)
+        for axis in axes[len(adapters) :]:
+            axis.set_visible(False)
     else:
-        _strips(figure.add_subplot(grid[0, 1]), adapters)
-    add_legend(figure, dict(LOSSES.values()), loc="outside lower left", ncols=4)
+        figure = new_figure(title, 0.9 + 0.32 * len(adapters))
+        losses, worth = figure.subplots(1, 2)
+        _strips(worth, adapters)
+    _losses(losses, adapters)
+    add_legend(
+        above if len(adapters) <= DETAILED else figure, dict(LOSSES.values()), loc="outside lower left", ncols=4
+    )
     return figure
 
 
-def _bars(axis: "Axes", adapter: claims.Part, last: bool) -> None:
-    """A bar for each virtual token; the three that matter most are named."""
+def _losses(axis: "Axes", adapters: Sequence[claims.Part]) -> None:
+    """A row for each adapter: with it, with what it reads as, with its start, without it."""
+    for place, adapter in enumerate(adapters):
+        losses = {key: adapter["faithfulness"].get(key) for key in LOSSES}
+        found = [loss for loss in losses.values() if loss is not None]
+        axis.plot([min(found), max(found)], [place, place], color="#D9D9D9", linewidth=3, zorder=1)
+        for key, loss in losses.items():
+            if loss is not None:
+                axis.plot(loss, place, linestyle="none", **{"markersize": 6, **LOSSES[key][1]})
+    adapter_rows(axis, adapters)
+    axis.set_xlabel(LOSS_UNIT + ", lower is better")
+
+
+def _bars(axis: "Axes", adapter: claims.Part) -> None:
+    """A bar for each virtual token, with its nearest word where there is room."""
     found = adapter["faithfulness"]["ablations"] or []
     places, worth = [each["index"] for each in found], array([each["increase"] for each in found])
     axis.bar(places, worth, color=np.where(worth > 0, COLOURS[0], COLOURS[1]))
-    for each in sorted(found, key=lambda each: -each["increase"])[:3]:
-        word = nearest_word(adapter, each["index"])
-        axis.annotate(
-            word and drawable(word, 12),
-            (each["index"], max(each["increase"], 0)),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-        )
+    if len(found) <= _NAMED:
+        words = [drawable(nearest_word(adapter, place), 12) or str(place) for place in places]
+        axis.set_xticks(places, words, rotation=90, fontsize=7)
+    else:
+        axis.set_xlabel("virtual token")
     axis.axhline(0, color=GREY, linewidth=0.7)
-    axis.margins(y=0.2)
     axis.grid(axis="x", visible=False)
-    axis.set_title(f"{drawable(adapter['name'], 24)}: worth of each token (nats)", loc="left")
-    if last:
-        axis.set_xlabel("virtual token left at the prior's mean")
+    axis.set_title(f"{drawable(adapter['name'], 28)}", loc="left")
+    axis.set_ylabel("loss added without it")
 
 
 def nearest_word(adapter: claims.Part, index: int) -> str:

@@ -39,7 +39,7 @@ def draw(analysis: claims.Part) -> "Figure | None":
             axis.set_xlabel("no unit: only neighbours mean something")
             axis.set_xticks([])
             axis.set_yticks([])
-    add_legend(figure, entries, loc="outside lower left", ncols=4)
+    add_legend(figure, entries, loc="outside lower left", ncols=3)
     return figure
 
 

@@ -36,6 +36,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
                 range(len(values)),
                 [f"{drawable(name, 12)}  {i}" for i, name in zip(numbers, group["adapters"], strict=True)],
             )
+        for axis in row[:2]:
+            axis.set_xlabel("run")
         row[1].set_yticklabels([str(number) for number in range(1, len(matched) + 1)])
         figure.colorbar(image, ax=row[1], label="distance", shrink=0.8)
         if lines:
@@ -58,7 +60,10 @@ def heat_map(axis: "Axes", values: np.ndarray, **settings: Any) -> Any:
 
 def _lines(axis: "Axes", group: claims.Part) -> None:
     for index, line in enumerate(group.get("lines") or []):
-        axis.plot(line["t"], array(line["nll"]), color=COLOURS[index % len(COLOURS)], linewidth=1)
-    axis.set_xlabel("0: one run, 1: the other")
+        pair = " to ".join(str(group["adapters"].index(name) + 1) for name in line["pair"])
+        axis.plot(line["t"], array(line["nll"]), color=COLOURS[index % len(COLOURS)], linewidth=1.3, label=pair)
+    if len(group.get("lines") or []) <= 6:
+        axis.legend(fontsize=7)
+    axis.set_xlabel("place between two runs")
     axis.set_ylabel("nats per token")
     axis.set_title("loss on the straight lines", loc="left")

@@ -88,7 +88,7 @@ def new_figure(title: str, height: float) -> "Figure":
 
 
 def _wrapped(title: str) -> list[str]:
-    return textwrap.wrap(drawable(claims.capital(title), 400), 92)
+    return textwrap.wrap(drawable(title, 400), 84)
 
 
 def add_legend(owner: Any, entries: Mapping[str, Mapping[str, Any]], **place: Any) -> None:
@@ -96,7 +96,7 @@ def add_legend(owner: Any, entries: Mapping[str, Mapping[str, Any]], **place: An
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **{"linestyle": "none", **style}) for style in entries.values()]
-    owner.legend(handles, [drawable(label, 40) for label in entries], **place)
+    owner.legend(handles, [drawable(label, 28) for label in entries], **place)
 
 
 def adapter_rows(axis: "Axes", adapters: Sequence[claims.Part]) -> None:

@@ -75,10 +75,21 @@ def _token_rows(axis: "Axes", adapter: claims.Part, styles: _Styles, level: floa
             axis.plot([start, row["score"]], [place, place], color=GREY, linewidth=0.7)
             axis.plot(start, place, marker="D", markersize=4, color=GREY, markerfacecolor="white")
         axis.plot(row["score"], place, markersize=5, linestyle="none", **styles[claims.token_state(row, level)])
-    labels = [f"{drawable(tokens['virtual_tokens'][i]['nearest'][0]['text'], 16)}  {i}" for i in order]
-    axis.set_yticks(range(len(order)), labels)
-    for label, index in zip(axis.get_yticklabels(), order, strict=True):
-        label.set_fontweight("bold" if tokens["virtual_tokens"][index]["signal"] else "normal")
+    axis.set_yticks(range(len(order)), [str(index) for index in order])
+    for place, index in enumerate(order):
+        row = tokens["virtual_tokens"][index]
+        # Apart from the number, which right-to-left letters would draw in.
+        axis.annotate(
+            drawable(row["nearest"][0]["text"], 16),
+            (0, place),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(-20, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontweight="bold" if row["signal"] else "normal",
+            annotation_clip=False,
+        )
     axis.set_ylim(len(order) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     left_out = len(tokens["virtual_tokens"]) - len(order)

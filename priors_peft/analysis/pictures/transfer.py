@@ -29,7 +29,9 @@ def draw(analysis: claims.Part) -> "Figure | None":
     most = max(float(np.nanmax(np.abs(gains))), 1e-9)
     image = heat_map(axes[0], gains, vmin=-most, vmax=most, cmap="PuOr", aspect="auto")
     for row, column in own_cells(transfer):
-        axes[0].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+        axes[0].add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5, clip_on=False)
+        )
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(transfer["tasks"]) > 4 else {}
     axes[0].set_xticks(range(len(transfer["tasks"])), [drawable(task, 14) for task in transfer["tasks"]], **turned)
     axes[0].set_yticks(range(len(gains)), [drawable(name, 18) for name in transfer["prompts"]])
@@ -63,5 +65,5 @@ def _forest(axis: "Axes", correlations: claims.Part) -> None:
     axis.set_ylim(len(correlations) - 0.4, -0.6)
     axis.set_xlim(-1.05, 1.05)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("rank correlation with transfer, 95 % interval")
-    axis.set_title("does likeness foretell transfer?", loc="left")
+    axis.set_xlabel("rank correlation with gain\n(line: 95 % interval)")
+    axis.set_title("does likeness predict gain?", loc="left")

@@ -27,7 +27,7 @@ def short(text: Any, length: int = 24) -> str:
 
 def rounded(values: Iterable[Any]) -> list[float | None]:
     """Four significant digits, which no screen tells from more; nan becomes None."""
-    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in array(values)]
+    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in array(list(values))]
 
 
 def title(text: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ def activations(layers: Sequence[claims.Part]) -> Figure:
     data, headings = [], []
     tasks = list(dict.fromkeys(group["name"] for layer in layers for group in layer["groups"]))
     for index, layer in enumerate(layers):
-        probe, silhouette = claims.percent(layer["probe_accuracy"]), claims.number(layer["silhouette"], 2)
+        probe, silhouette = claims.percent(layer["probe_accuracy"]), claims.decimals(layer["silhouette"])
         headings.append(heading(index, f"layer {layer['layer']}<br>probe {probe}, silhouette {silhouette}"))
         for group in layer["groups"]:
             points, place = array(group["points"]).reshape(-1, 2), tasks.index(group["name"])
