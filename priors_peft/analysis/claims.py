@@ -29,6 +29,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """A figure as people write it: three significant digits, a real minus, thousands apart, "–" for None."""
     if value is None or not math.isfinite(value):
         return "–"
+    value = value if abs(value) > 1e-12 else 0.0
     text = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
     text = f"{value:.{digits}f}".rstrip("0").rstrip(".") if "e" in text and abs(value) >= 1e-4 else text
     return text.replace("-", "−")
@@ -173,6 +174,17 @@ def geometry_title(adapters: Sequence[Part]) -> str | None:
         for which, names in found.items()
     ]
     return f"Of {len(shapes)} prompts {' and '.join(parts)}{span}"
+
+
+def words(words: Part) -> str:
+    """How many words several prompts say more often than random ones, beside how many would by chance."""
+    shown = sum(z > 1.96 for z in words["z"])
+    total = words.get("total") or len(words["z"])
+    least = "at least " if shown == len(words["z"]) < total else ""
+    return capital(
+        f"{least}{shown or 'none'} of {plural(total, 'word')} {'is' if shown == 1 else 'are'} over-represented "
+        f"(z > 1.96; chance gives about {number(0.025 * total, 2)})"
+    )
 
 
 def projection_title(projection: Part) -> str | None:

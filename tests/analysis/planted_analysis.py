@@ -1,5 +1,6 @@
 """An `analysis.json` of planted prompts, measured by the analyses themselves, with names and tokens that try to break out."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ NASTY = [
     "العربية", "<U+202E>", "%{x}", "&amp;", "_under", "<b>bold</b>", "💩", "\ud83d", "\"'`", "{{ 7 * 7 }}", "]]>", "\\u003c",
     "a" * 300, "<br>", "^{2}", "\x00", "<a href='javascript:alert(1)'>x</a>", "<0xE4>", "%(text)s", "{% raw %}", "␊", "é",
 ]  # fmt: skip
-V, D, P, DRAWS, ROWS = 300, 24, 12, 99, 40
+V, D, P, DRAWS, ROWS = 300, 24, 12, 99, 15
 TASKS = ["rte", "wsc", "boolq", "<i>wic</i>"]
 
 
@@ -26,10 +27,11 @@ def text(token: int) -> str:
     return NASTY[token] if token < len(NASTY) else f"␣word{token}"
 
 
+@cache
 def planted(
-    count: int = 4, snapshots: int = 6, deep: bool = False, virtual_tokens: int = P, tsne: bool = True
+    count: int = 4, snapshots: int = 6, deep: bool = False, virtual_tokens: int = P, tsne: bool = False
 ) -> dict[str, Any]:
-    """The analysis of `count` prompts, of four tasks in turn.
+    """The analysis of `count` prompts, of four tasks in turn; made once, so copy it before changing it.
 
     Of each prompt virtual token 0 was moved onto a vocabulary row and token 1 lies where it started, on another. The
     second prompt collapsed. A prompt's loss on a task is its squared distance to the task's optimum.
@@ -44,9 +46,9 @@ def planted(
     prompts, starts, ways = [], [], []
     for index in range(count):
         start = prior.sample(virtual_tokens, torch.Generator().manual_seed(50 + index))
-        start[1] = vocabulary[(2 * index + 3) % V]
+        start[1:2] = vocabulary[(2 * index + 3) % V]
         end = torch.lerp(start, optima[TASKS[index % 4]], 0.6)
-        end[0], end[1] = 2 * vocabulary[2 * index], start[1]
+        end[0], end[1:2] = 2 * vocabulary[2 * index], start[1:2]
         if index == 1:
             end = 0.5 * end[:1] + 0.1 * end
         starts.append(start)
@@ -157,10 +159,10 @@ def _activations(names) -> dict[str, Any]:
     layers = []
     labels = [task for task in TASKS[:3] for _ in range(ROWS)]
     centres = torch.eye(3, D).repeat_interleave(ROWS, 0)
-    for place, layer in enumerate((0, 2, 5)):
+    for place, layer in enumerate((0, 5)):
         for name in [None, *names[:2]]:
             points = rows(3 * ROWS, D, seed=7 + place) + (1 + place) * (1.0 if name is None else 1.4) * centres
-            found = activations.separability(points, labels)
+            found = activations.separability(points, labels, folds=2)
             flat = projection.pca({"all": points})
             split = zip(TASKS[:3], flat.points["all"].split(ROWS), strict=True)
             groups = [

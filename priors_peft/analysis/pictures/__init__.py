@@ -9,7 +9,7 @@ from . import activations, faithfulness, geometry, projection, stability, tokens
 from .style import STYLE
 
 
-_PICTURES = (tokens, geometry, projection, activations, faithfulness, stability, transfer)
+PICTURES = (tokens, geometry, projection, activations, faithfulness, stability, transfer)
 _DPI = 150
 
 
@@ -37,7 +37,7 @@ def save_pictures(analysis: claims.Part, folder: str | os.PathLike) -> list[Path
         ) from error
     written = []
     with matplotlib.rc_context(STYLE):
-        for picture in _PICTURES:
+        for picture in PICTURES:
             figure = picture.draw(analysis)
             if figure is not None:
                 written.append(Path(folder) / f"{picture.__name__.rpartition('.')[2]}.png")

@@ -80,8 +80,8 @@ def _bars(axis: "Axes", adapter: claims.Part) -> None:
         axis.set_xlabel("virtual token")
     axis.axhline(0, color=GREY, linewidth=0.7)
     axis.grid(axis="x", visible=False)
-    axis.set_title(f"{drawable(adapter['name'], 28)}", loc="left")
-    axis.set_ylabel("loss added without it")
+    axis.set_title(f"{drawable(adapter['name'], 20)}: without each token", loc="left")
+    axis.set_ylabel("added loss (nats)")
 
 
 def nearest_word(adapter: claims.Part, index: int) -> str:

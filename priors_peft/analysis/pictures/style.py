@@ -53,9 +53,7 @@ def colours(adapters: Sequence[claims.Part]) -> dict[str, tuple[str, str]]:
 def drawable(text: str, length: int = 18) -> str:
     """`text` cut to `length` characters, those that the font lacks as `<U+4E2D>`, so that no box stands for a word."""
     shown = "".join(character if _has_glyph(character) else f"<U+{ord(character):04X}>" for character in str(text))
-    shown = shown if len(shown) <= length else shown[: length - 1] + "…"
-    # Legends leave out what begins with an underscore.
-    return "\u200a" + shown if shown.startswith("_") else shown
+    return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
 @cache

@@ -83,7 +83,7 @@ def _token_rows(axis: "Axes", adapter: claims.Part, styles: _Styles, level: floa
             drawable(row["nearest"][0]["text"], 16),
             (0, place),
             xycoords=axis.get_yaxis_transform(),
-            xytext=(-20, 0),
+            xytext=(-24, 0),
             textcoords="offset points",
             ha="right",
             va="center",

@@ -53,6 +53,7 @@ def _render(analysis: claims.Part) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {
         "number": claims.number,
+        "decimals": claims.decimals,
         "percent": claims.percent,
         "capital": claims.capital,
     }

@@ -214,8 +214,8 @@ def projection(adapters: Sequence[claims.Part], projection: claims.Part) -> Figu
     )
     layout = {
         "height": 620,
-        "xaxis": {"title": title(titles[0]), "zeroline": False},
-        "yaxis": {"title": title(titles[1]), "zeroline": False},
+        "xaxis": {"title": title(titles[0]), "zeroline": False, "showticklabels": bool(shares)},
+        "yaxis": {"title": title(titles[1]), "zeroline": False, "showticklabels": bool(shares)},
     }
     return {"data": data, "layout": layout}
 

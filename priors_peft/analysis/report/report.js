@@ -38,12 +38,14 @@ function draw(place) {
   for (const key of Object.keys(layout).concat("xaxis", "yaxis")) {
     if (/^[xy]axis/.test(key)) themed[key] = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), ...layout[key] };
   }
+  const legend = data.filter((trace) => trace.showlegend !== false && trace.name).length > 1;
   Plotly.react(place, data, {
-    margin: { l: 60, r: 20, t: 50, b: 50 },
+    margin: { l: 60, r: 20, t: 15 + (legend ? 30 : 0) + (layout.annotations ? 35 : 0), b: 50 },
+    showlegend: legend,
     paper_bgcolor: "rgba(0, 0, 0, 0)",
     plot_bgcolor: "rgba(0, 0, 0, 0)",
     font: { family: getComputedStyle(document.body).fontFamily, color: colour("--ink"), size: 12 },
-    legend: { orientation: "h", y: -0.12, yref: "paper", yanchor: "top" },
+    legend: { orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top" },
     hoverlabel: { namelength: -1 },
     hovermode: "closest",
     ...themed,

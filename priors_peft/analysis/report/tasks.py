@@ -13,6 +13,8 @@ from .plots import Figure, axis_key, heading, heat_map, name_axis, on, panels, p
 
 _DIVERGING = [[0, "#b35806"], [0.25, "#fdb863"], [0.5, "#f7f7f7"], [0.75, "#b2abd2"], [1, "#542788"]]
 
+_TOP_DOWN = {"autorange": "reversed", "showgrid": False}
+
 
 def activations(layers: Sequence[claims.Part]) -> Figure:
     """A panel for each layer under one condition: the tasks' rows, projected."""
@@ -98,7 +100,7 @@ def ablations(adapter: claims.Part) -> Figure:
     layout = {
         "height": 280,
         "xaxis": {"title": title("virtual token left at the prior's mean"), "dtick": 1 if len(found) <= 40 else 10},
-        "yaxis": {"title": title("loss added (nats per answer token)")},
+        "yaxis": {"title": title("added loss (nats)")},
     }
     return {"data": [trace], "layout": layout}
 
@@ -134,9 +136,9 @@ def stability(group: claims.Part) -> Figure:
         )
     headings = ["distances as they are", "distances, tokens matched", "loss on the lines between (nats)"]
     for key in ("xaxis", "xaxis2"):
-        layout[key] |= name_axis(range(1, len(runs) + 1))
-    layout["yaxis"] |= {**name_axis(runs), "autorange": "reversed"}
-    layout["yaxis2"] |= {**name_axis(range(1, len(runs) + 1)), "autorange": "reversed"}
+        layout[key] |= name_axis(range(1, len(runs) + 1)) | {"showgrid": False}
+    layout["yaxis"] |= {**name_axis(runs), **_TOP_DOWN}
+    layout["yaxis2"] |= {**name_axis(range(1, len(runs) + 1)), **_TOP_DOWN}
     layout |= {"height": 360, "annotations": [heading(i, headings[i]) for i in range(2 + bool(lines))]}
     return {"data": data, "layout": layout}
 
@@ -162,8 +164,12 @@ def transfer(transfer: claims.Part) -> Figure:
     ]
     layout = {
         "height": 200 + 28 * len(gains),
-        "xaxis": {**name_axis(transfer["tasks"]), "title": title("measured on (framed: trained on)")},
-        "yaxis": {**name_axis(transfer["prompts"]), "autorange": "reversed"},
+        "xaxis": {
+            **name_axis(transfer["tasks"]),
+            "showgrid": False,
+            "title": title("measured on (framed: trained on)"),
+        },
+        "yaxis": {**name_axis(transfer["prompts"]), **_TOP_DOWN},
         "shapes": frames,
     }
     return {"data": [trace], "layout": layout}
@@ -180,7 +186,8 @@ def similarities(transfer: claims.Part) -> Figure:
         np.fill_diagonal(shown, np.nan)
         data.append(heat_map(shown, prompts, prompts, showscale=False, **on(index)))
         axis = axis_key(index)
-        layout[f"xaxis{axis}"] |= name_axis(range(1, len(prompts) + 1))
-        layout[f"yaxis{axis}"] |= {**name_axis(prompts), "autorange": "reversed"}
+        layout[f"xaxis{axis}"] |= name_axis(range(1, len(prompts) + 1)) | {"showgrid": False}
+        shown_names = prompts if index % 2 == 0 else range(1, len(prompts) + 1)
+        layout[f"yaxis{axis}"] |= {**name_axis(shown_names), **_TOP_DOWN}
     layout |= {"height": 120 + 320 * rows, "annotations": [heading(i, plain(name)) for i, name in enumerate(found)]}
     return {"data": data, "layout": layout}
