@@ -12,6 +12,8 @@ install_requires = [
     "huggingface-hub>=2.4",
     "safetensors>=0.8",
     "scikit-learn>=1.9",
+    "scipy>=1.16",
+    "threadpoolctl>=3.6",
     "numpy>=2.4",
     "pyyaml>=6.0",
 ]
@@ -27,7 +29,6 @@ extras["dev"] = [
     "pytest>=8.0",
     "ruff>=0.14",
     "mypy>=1.18",
-    "scipy>=1.16",
     "types-PyYAML",
     "playwright>=1.50",
     *extras["demo"],

@@ -14,7 +14,7 @@ _LOCATIONS = {
     "PriorPromptEncoder": "prompt",
     "PriorTrainer": "trainer",
     "PriorTrainingArguments": "trainer",
-    "PriorCallback": "trainer",
+    "PriorCallback": "callback",
     "load_base_model": "hub.base_model",
 }
 __all__ = [
@@ -29,11 +29,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .callback import PriorCallback
     from .config import PriorConfig
     from .hub.base_model import load_base_model
     from .model import PriorPeftModel, get_prior_model
     from .prompt import PriorPromptEncoder
-    from .trainer import PriorCallback, PriorTrainer, PriorTrainingArguments
+    from .trainer import PriorTrainer, PriorTrainingArguments
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Training under a prior: `PriorTrainer`, its arguments, and the callback that watches the prompt."""
+"""Training under a prior: `PriorTrainer` and its arguments."""
 
 import os
 import warnings
@@ -15,14 +15,11 @@ from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from .analysis.geometry import effective_rank, mean_pairwise_cosine
+from .callback import PriorCallback, suffix, weight_at
 from .data import IGNORED, count_supervised_tokens, pad, prompts_of, tokenize
 from .files import check_writable
 from .inference.map import choose_weight, weight_factor
@@ -73,45 +70,6 @@ class PriorTrainingArguments(TrainingArguments):
         # Pinned memory is for copies to an accelerator; without one torch only warns.
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
-
-
-class PriorCallback(TrainerCallback):
-    """Logs how the prompt stands to its prior and whether it has collapsed.
-
-    `prior/log_prob` (nats), `prior/weight`, `prior/effective_rank` and `prior/mean_pairwise_cosine` (mean over
-    layers), `prior/drift` (from the initial prompt, in prior standard deviations): of the prompt after the step, where
-    the losses beside them were computed before it. Where several prompts are trained, each figure's name ends with the
-    prompt's. `PriorTrainer` adds it; another `Trainer` of a `PriorPeftModel` can too, before the callbacks that report.
-    """
-
-    @torch.no_grad()
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        model = getattr(model, "module", model)
-        figures: dict[str, float] = {}
-        trained = [name for name in model.peft_config if model.prompt_encoder[name].coordinate.requires_grad]
-        for name in trained:
-            encoder, prompt = model.prompt_encoder[name], model.prompt_encoder[name]()
-            of_prompt = {"log_prob": encoder.log_prob(prompt).item()} if encoder.has_density else {}
-            of_prompt |= {
-                "weight": weight_at(model.peft_config[name].prior_weight, args, state),
-                "effective_rank": effective_rank(prompt).mean().item(),
-                "mean_pairwise_cosine": mean_pairwise_cosine(prompt).mean().item(),
-                "drift": encoder.drift(prompt).item(),
-            }
-            figures |= {f"prior/{key}" + _suffix(name, trained): value for key, value in of_prompt.items()}
-        logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
 
 
 class PriorTrainer(Trainer):
@@ -324,7 +282,7 @@ class PriorTrainer(Trainer):
             nll = self.accelerator.reduce(torch.as_tensor(self._nll, device=self.args.device).float(), "mean")
             steps = max(1, self.state.global_step - self._logged_step)
             for name, of_prompt in zip(names, nll.tolist(), strict=True):
-                logs["prior/nll" + _suffix(name, names)] = of_prompt / steps
+                logs["prior/nll" + suffix(name, names)] = of_prompt / steps
             logs["loss"] /= len(names)
             self._nll, self._logged_step = 0.0, self.state.global_step
         super().log(logs, start_time)
@@ -372,7 +330,7 @@ class PriorTrainer(Trainer):
                     self.model.active_adapter = name
                     output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
                     for key, value in output.metrics.items():
-                        figures[key + _suffix(name, self.adapter_names)] = value
+                        figures[key + suffix(name, self.adapter_names)] = value
         finally:
             self.compute_metrics, self.model.active_adapter = users_metrics, active
         if len(self.adapter_names) > 1:
@@ -432,12 +390,6 @@ def _check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> Non
         args._n_gpu = 1
 
 
-def weight_at(prior_weight: float, args: TrainingArguments, state: TrainerState) -> float:
-    """`prior_weight` at the present step, by the schedule of `PriorTrainingArguments`."""
-    progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
-    return prior_weight * weight_factor(getattr(args, "prior_weight_schedule", "constant"), progress)
-
-
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The last checkpoint that was written to its end (`trainer_state.json` comes last), or None."""
     paths = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -464,10 +416,6 @@ def _learning_rate(model: PriorPeftModel, name: str) -> float:
         return WHITENED_LEARNING_RATE
     scales = [prior.scale_tril.square().sum(-1).mean().sqrt() for prior in model.prompt_encoder[name].priors]
     return WHITENED_LEARNING_RATE * float(torch.stack(scales).mean())
-
-
-def _suffix(name: str, names: Sequence[str]) -> str:
-    return f"/{name}" if len(names) > 1 else ""
 
 
 def _by_length(dataset: Any) -> list[int] | None:

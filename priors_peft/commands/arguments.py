@@ -100,10 +100,10 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
         dataclasses: Whose fields the flags and the recipe's keys are.
         arguments: The command line.
         prog: The command's name, for its help.
-        positional: Names of the arguments that come first.
+        positional: Names of the arguments that come first; a last one that ends in `...` is one or more.
 
     Returns:
-        One value for each positional argument, then one object for each dataclass.
+        One value for each positional argument (a list for `...`), then one object for each dataclass.
 
     Raises:
         ValueError: The recipe is no mapping, or has a key that is no flag; its line is named.
@@ -125,8 +125,11 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     *objects, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if rest:
         raise ValueError(f"{rest[0]!r} is no flag{_nearest(rest[0].lstrip('-').replace('-', '_'), known)}")
-    if len(values) != len(positional):
+    many = bool(positional) and positional[-1].endswith("...")
+    if len(values) != len(positional) and not (many and len(values) > len(positional)):
         raise ValueError(f"{names or 'no positional argument'} must be given before the flags, got {values}")
+    if many:
+        return [*values[: len(positional) - 1], values[len(positional) - 1 :], *objects]
     return [*values, *objects]
 
 

@@ -70,6 +70,8 @@ def choose_weight(trainer: "PriorTrainer") -> float:
 
 
 def _held_out_loss(trainer: "PriorTrainer", train: Any, test: Any) -> float:
+    from ..callback import PriorCallback
+
     args = copy.copy(trainer.args)
     args.save_strategy, args.eval_strategy, args.load_best_model_at_end = "no", "no", False
     args.report_to, args.push_to_hub = [], False
@@ -81,6 +83,8 @@ def _held_out_loss(trainer: "PriorTrainer", train: Any, test: Any) -> float:
         processing_class=trainer.processing_class,
         data_collator=trainer.data_collator,
     )
+    # Its snapshots would take the place of the real training's.
+    trial.remove_callback(PriorCallback)
     trial.train()
     loss = trial.evaluate()["eval_loss"]
     return loss if math.isfinite(loss) else math.inf
