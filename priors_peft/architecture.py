@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.activations import ACT2CLS
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -67,6 +68,25 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(f'tuning must be "soft" for {type(model).__name__}: its decoder layers could not be found')
+
+
+def activation_functions(model: PreTrainedModel) -> list[nn.Module]:
+    """The activation function of each decoder layer's feed-forward block, whose values are the block's neurons.
+
+    Raises:
+        ValueError: A layer has none that is a module of its own, or several (experts).
+    """
+    known = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+    functions = []
+    for number, layer in enumerate(decoder_layers(model)):
+        found = [part for part in layer.modules() if isinstance(part, known) or type(part).__name__ == "BloomGelu"]
+        if len(found) != 1:
+            raise ValueError(
+                f"each layer must have one activation function for its neurons to be told, got {len(found)} in layer "
+                f"{number} of {type(model).__name__}"
+            )
+        functions += found
+    return functions
 
 
 def expand_cache(cache: DynamicCache, batch_size: int) -> DynamicCache:

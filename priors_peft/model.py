@@ -94,7 +94,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         check_base_model(model)
         self._takes_cache = supports_prompt_cache(model)
         self._unpackable = False
-        self._kept: dict[str, tuple[Any, PromptState]] | None = None
+        self._kept: dict[str, tuple[Any, PromptState, list[Tensor]]] | None = None
         self.tokenizer = tokenizer
         self.provenance: dict[str, list[Provenance]] = {}
         # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
@@ -312,10 +312,11 @@ class PriorPeftModel(PeftModelForCausalLM):
         """The prompt's key/value cache; within `cached_prompt` the one that is kept, if the prompt is still the same."""
         if self._kept is None or torch.is_grad_enabled() or self.training:
             return prompt_pass(self.base_model, prompt)
-        tensors = self.prompt_encoder[name].state_dict(keep_vars=True).values()
+        tensors = list(self.prompt_encoder[name].state_dict(keep_vars=True).values())
         version = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if self._kept.get(name, (None,))[0] != version:
-            self._kept[name] = version, prompt_pass(self.base_model, prompt)
+            # The tensors too: another encoder's must not get the address of ones that are gone.
+            self._kept[name] = version, prompt_pass(self.base_model, prompt), tensors
         return self._kept[name][1]
 
     def _predicting_states(
