@@ -21,18 +21,19 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; JSON has no nan and no infinity, so those become None."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Any result, or a dictionary or list of them, as JSON takes it."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value.to_dict() if is_dataclass(value) else value  # type: ignore[union-attr]
 
 

@@ -217,12 +217,12 @@ def read_adapter(
         FileNotFoundError: There is no adapter.
         ValueError: A file is damaged, or it is not a soft or deep prompt.
     """
-    stock = _read_json(_required(model_id, ADAPTER_CONFIG, hub_arguments))
+    stock = read_json(_required(model_id, ADAPTER_CONFIG, hub_arguments))
     weights_path = _required(model_id, ADAPTER_WEIGHTS, hub_arguments)
-    prior_config = _fetch(model_id, PRIOR_CONFIG, hub_arguments)
+    prior_config = fetch_file(model_id, PRIOR_CONFIG, hub_arguments)
     if prior_config is None:
         return _from_stock(stock, weights_path, is_trainable)
-    described = _read_json(prior_config)
+    described = read_json(prior_config)
     prior_path = _required(model_id, PRIOR_WEIGHTS, hub_arguments)
     if described.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -325,7 +325,7 @@ def _from_stock(stock: dict[str, Any], weights_path: Path, is_trainable: bool) -
     return SavedAdapter(config, [], [prior], prompt[None], prompt[None].clone())
 
 
-def _fetch(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path | None:
+def fetch_file(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path | None:
     """Local path of one file of an adapter, or None if the adapter exists without it."""
     folder = Path(model_id, hub_arguments.get("subfolder") or "")
     if folder.is_dir():
@@ -347,13 +347,14 @@ def _fetch(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, 
 
 
 def _required(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path:
-    path = _fetch(model_id, filename, hub_arguments)
+    path = fetch_file(model_id, filename, hub_arguments)
     if path is None:
         raise FileNotFoundError(f"model_id must be an adapter, got {str(model_id)!r}, which has no {filename}")
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object, or `ValueError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
