@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from ..tasks.base import check_name
+from ..tasks.base import full_name
 
 
 @dataclass
@@ -29,7 +29,9 @@ class ModelArguments:
 class TaskArguments:
     """Which data."""
 
-    task: str | None = field(default=None, metadata={"help": "A task by name; completions, if a file is given"})
+    task: str | None = field(
+        default=None, metadata={"help": "A task by name, superglue:rte say; completions, if a file is given"}
+    )
     task_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Settings of the task as JSON: {"module": "algebra__linear_1d"}'}
     )
@@ -45,7 +47,7 @@ class TaskArguments:
 
     def __post_init__(self) -> None:
         if self.task is not None:
-            check_name(self.task)
+            self.task = full_name(self.task)
         self.task_kwargs = parse_object("task_kwargs", self.task_kwargs)
 
 

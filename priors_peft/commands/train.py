@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from ..config import PriorConfig
 from ..evaluation import answer_metrics
+from ..files import write_json
+from ..hub.adapter import TASK_FILE
 from ..hub.base_model import load_base_model
 from ..model import get_prior_model
 from ..tasks import Task, load_task
 from ..trainer import PriorTrainer, PriorTrainingArguments, last_checkpoint
 from .arguments import ModelArguments, PromptArguments, TaskArguments, parse
+
+
+PLACES = ("data_dir", "train_file", "eval_file")
 
 
 @dataclass
@@ -55,7 +61,10 @@ def train(
     task = task_from(task_arguments, tokenizer, room)
 
     # ---- Prompt -------------------------------------------------------------------------
-    settings = vars(prompt_arguments) | {"reference_kwargs": reference_data(prompt_arguments, task)}
+    settings = vars(prompt_arguments) | {
+        "prior_kwargs": prior_settings(prompt_arguments, task),
+        "reference_kwargs": reference_data(prompt_arguments, task),
+    }
     config = PriorConfig(task_type="CAUSAL_LM", seed=args.seed, **settings)
     model = get_prior_model(base, config, tokenizer=tokenizer)
     model.print_trainable_parameters()
@@ -79,6 +88,8 @@ def train(
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    if args.should_save:
+        write_json(Path(args.output_dir, TASK_FILE), task_facts(task_arguments, task))
     checkpoint = last_checkpoint(args.output_dir) if args.resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.log_metrics("train", result.metrics)
@@ -118,6 +129,25 @@ def task_from(arguments: TaskArguments, tokenizer: Any, max_length: int | None) 
             settings[key] = getattr(arguments, key)
     settings.setdefault("max_length", max_length)
     return load_task(name, seed=arguments.split_seed, tokenizer=tokenizer, **settings)
+
+
+def task_facts(arguments: TaskArguments, task: Task) -> dict[str, Any]:
+    """What an adapter's folder tells of what it was trained on, but not where the files lay."""
+    return {
+        "task": task.name,
+        "task_kwargs": {key: value for key, value in arguments.task_kwargs.items() if key not in PLACES},  # type: ignore[union-attr]
+        "split_seed": arguments.split_seed,
+        "num_train": len(task.train),
+        "num_eval": 0 if task.eval is None else len(task.eval),
+    }
+
+
+def prior_settings(arguments: PromptArguments, task: Task) -> dict[str, Any]:
+    """`prior_kwargs`; a text prior without a text is about the task's own description."""
+    settings: dict[str, Any] = dict(arguments.prior_kwargs or {})  # type: ignore[arg-type]
+    if arguments.prior == "text" and task.description:
+        settings.setdefault("text", task.description)
+    return settings
 
 
 def reference_data(arguments: PromptArguments, task: Task) -> dict[str, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PRIOR_CONFIG, PRIOR_WEIGHTS = "prior_config.json", "prior.safetensors"
+TASK_FILE = "task.json"
 FORMAT_VERSION = 1
 PACKAGES = ("priors_peft", "torch", "transformers", "peft")
 
@@ -254,6 +255,12 @@ def read_adapter(
     except (KeyError, TypeError) as error:
         raise ValueError(f"{prior_path} and {prior_config} must belong together, got a mismatch at {error}") from error
     return SavedAdapter(saved, provenance, priors, state["prompt"], state["initial_prompt"], coordinate)
+
+
+def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:
+    """What an adapter was trained on, as `priors-peft train` leaves it in `task.json`; None if it is not said."""
+    path = _fetch(model_id, TASK_FILE, hub_arguments)
+    return None if path is None else _read_json(path)
 
 
 def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: int) -> Prior:

@@ -23,7 +23,7 @@ class Task:
     """Data to train and evaluate on.
 
     Args:
-        name: The task's file name, for example `"math"`.
+        name: The task's file name, and its subtask's if it has some: `"math"`, `"superglue:rte"`.
         train: String columns `prompt` and `completion` (TRL's prompt-completion form); the loss is on the completion.
         eval: The same columns, held out, or `None`. Two more where the task has them: `answers`, the texts any of
             which is right, and `choices`, the completions whose likelihoods are compared; lists of strings.
@@ -47,10 +47,32 @@ def task_names() -> list[str]:
     return sorted({module.name for module in pkgutil.iter_modules(package.__path__)} - NOT_TASKS)
 
 
-def check_name(name: str) -> None:
-    """Refuse a task that is not there, before anything is loaded."""
-    if name not in task_names():
+def full_name(name: str) -> str:
+    """A task's one name: of `"rte"` it is `"superglue:rte"`, as one task alone has such a subtask.
+
+    Args:
+        name: A task's, with `:` and a subtask's or without, or a subtask's alone.
+
+    Raises:
+        ValueError: There is no such task or subtask, or several tasks have it; no data is loaded to find that out.
+    """
+    if name in task_names():
+        return name
+    task, colon, subtask = name.partition(":")
+    if colon and task in task_names():
+        if subtask.lower() not in _subtasks(task):
+            raise ValueError(f"task must name a subtask after {task}: {unknown(subtask, _subtasks(task))}")
+        return f"{task}:{subtask.lower()}"
+    owners = [task for task in task_names() if name.lower() in _subtasks(task)]
+    if len(owners) > 1:
+        raise ValueError(f"task must be one of {', '.join(f'{task}:{name.lower()}' for task in owners)}; got {name!r}")
+    if not owners:
         raise ValueError(f"task must be {unknown(name, task_names())}")
+    return f"{owners[0]}:{name.lower()}"
+
+
+def _subtasks(task: str) -> list[str]:
+    return list(getattr(importlib.import_module(f"{__package__}.{task}"), "SUBTASKS", ()))
 
 
 def load_task(
@@ -67,7 +89,7 @@ def load_task(
     """Load a task by name.
 
     Args:
-        name: One of `task_names()`.
+        name: One of `task_names()`; a subtask may follow (`"superglue:rte"`) or stand alone (`"rte"`).
         data_dir: Folder with the task's files, where the task reads any.
         num_train: How many training rows; `None` means the task's own default.
         num_eval: How many held-out rows; `None` means the task's own default, 0 means none.
@@ -80,7 +102,11 @@ def load_task(
         ValueError: If there is no such task, or a count makes no sense.
         TypeError: If the task does not take one of `kwargs`.
     """
-    check_name(name)
+    name, _, subtask = full_name(name).partition(":")
+    if subtask:
+        if kwargs.get("subtask") not in (None, subtask):
+            raise ValueError(f"subtask must be {subtask!r} with task={name}:{subtask}, got {kwargs['subtask']!r}")
+        kwargs["subtask"] = subtask
     if num_train is not None and num_train < 1:
         raise ValueError(f"num_train must be at least 1, got {num_train}. Leave it out for the task's default")
     if num_eval is not None and num_eval < 0:

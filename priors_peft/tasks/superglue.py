@@ -145,7 +145,7 @@ def load(
 
     pairs = [pair(row) for row in read_train]
     return Task(
-        name="superglue",
+        name=f"superglue:{name}",
         train=prompt_completion(pairs),
         eval=prompt_completion(map(pair, read_eval), choices=map(choices, read_eval)) if read_eval else None,
         metrics=metrics,
