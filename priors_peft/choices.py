@@ -16,7 +16,9 @@ Metrics = Callable[[list[str], list[Any]], dict[str, float]]
 
 
 @torch.no_grad()
-def score_choices(model: Any, tokenizer: Any, rows: Any, batch_size: int = 16) -> list[list[float]]:
+def score_choices(
+    model: Any, tokenizer: Any, rows: Any, batch_size: int = 16, max_length: int | None = None
+) -> list[list[float]]:
     """Log-likelihood of each choice of each row, in nats.
 
     A choice's score is the sum of the log-probabilities of its tokens, which are those that training would supervise but
@@ -30,6 +32,7 @@ def score_choices(model: Any, tokenizer: Any, rows: Any, batch_size: int = 16) -
         tokenizer: Its tokenizer.
         rows: A data set or list with `prompt` and `choices`, a list of completions (their leading spaces included).
         batch_size: Sequences a batch.
+        max_length: Most tokens of a row, virtual tokens not counted; a longer prompt loses its start, as in training.
 
     Returns:
         A list for each row with a score for each choice.
@@ -45,7 +48,8 @@ def score_choices(model: Any, tokenizer: Any, rows: Any, batch_size: int = 16) -
     pairs = [{"prompt": row["prompt"], "completion": choice} for row in rows for choice in row["choices"]]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-    encoded = list(tokenize(Dataset.from_list(pairs), tokenizer, context and context - virtual))
+    room = min((length for length in (max_length, context and context - virtual) if length), default=None)
+    encoded = list(tokenize(Dataset.from_list(pairs), tokenizer, room))
     prompts = prompts_of(*([row[name] for row in encoded] for name in ("input_ids", "attention_mask", "labels")))
     targets = [[token for token in row["labels"] if token != IGNORED] for row in encoded]
 
@@ -105,7 +109,11 @@ def metrics_by_likelihood(
     rows = list(rows)
     if not rows or "choices" not in rows[0]:
         return {}
-    scores = score_choices(model, tokenizer, rows, batch_size)
+    return scored_metrics(metrics, rows, score_choices(model, tokenizer, rows, batch_size))
+
+
+def scored_metrics(metrics: Metrics, rows: Any, scores: list[list[float]]) -> dict[str, float]:
+    """The same where the choices' scores are known."""
     chosen = [row["choices"][max(range(len(own)), key=own.__getitem__)] for row, own in zip(rows, scores, strict=True)]
     figures = metrics(chosen, [row["completion"] for row in rows])
     return {f"{name}_by_likelihood": value for name, value in figures.items()}

@@ -21,10 +21,10 @@ class TransferSummary(Result):
         share: Of transfers (a prompt on a task it was not trained on) that beat no prompt, 0 to 1; ties don't beat.
         wins: Their number.
         transfers: Number of transfers.
-        own_share: Of prompts that beat no prompt on their own task.
+        own_share: Of prompts that beat no prompt on their own task; nan where none is there.
         gain_over_none: What each prompt adds to no prompt on each task, better is positive; shape `[N, M]`.
         gain_over_own: The same over the mean of the task's own prompts, nan where it has none; shape `[N, M]`.
-        own: Column of each prompt's own task.
+        own: Column of each prompt's own task, None where it is none of them.
     """
 
     share: float
@@ -33,7 +33,7 @@ class TransferSummary(Result):
     own_share: float
     gain_over_none: Tensor
     gain_over_own: Tensor
-    own: list[int]
+    own: list[int | None]
 
 
 def transfer_summary(
@@ -44,8 +44,8 @@ def transfer_summary(
     Args:
         scores: Of each prompt on each task, shape `[N, M]`.
         no_prompt: Score of each task without a prompt, shape `[M]`.
-        own: Column of the task each prompt was trained on, so that a task can have several prompts (seeds); the
-            diagonal if None, which needs N = M.
+        own: Column of the task each prompt was trained on, so that a task can have several prompts (seeds), or
+            None for another task, of which all are then transfers; the diagonal if None, which needs N = M.
         higher_is_better: False for losses.
 
     Raises:
@@ -60,7 +60,7 @@ def transfer_summary(
     sign = 1.0 if higher_is_better else -1.0
     values = sign * scores.double().cpu()
     over_none = values - sign * no_prompt.double().cpu()
-    is_own = torch.nn.functional.one_hot(columns, scores.shape[1]).bool()
+    is_own = columns[:, None] == torch.arange(scores.shape[1])
     if is_own.all():
         raise ValueError("scores must hold at least one task that a prompt was not trained on, got none: add tasks")
     count = is_own.sum(0)
@@ -74,11 +74,11 @@ def transfer_summary(
         own_share=float(beats[is_own].double().mean()),
         gain_over_none=over_none,
         gain_over_own=values - means,
-        own=columns.tolist(),
+        own=[None if column < 0 else column for column in columns.tolist()],
     )
 
 
-def _own(own: Sequence[int] | None, prompts: int, tasks: int) -> Tensor:
+def _own(own: Sequence[int | None] | None, prompts: int, tasks: int) -> Tensor:
     if own is None:
         if prompts != tasks:
             raise ValueError(
@@ -86,12 +86,13 @@ def _own(own: Sequence[int] | None, prompts: int, tasks: int) -> Tensor:
                 "of a square matrix is it the diagonal"
             )
         return torch.arange(prompts)
-    columns = torch.as_tensor(own, dtype=torch.long).flatten()
-    if len(columns) != prompts or not bool(((columns >= 0) & (columns < tasks)).all()):
+    listed = own.tolist() if isinstance(own, Tensor) else list(own)
+    if len(listed) != prompts or not all(column is None or 0 <= column < tasks for column in listed):
         raise ValueError(
-            f"own must hold {prompts} columns between 0 and {tasks - 1}, one for each prompt, got {columns.tolist()}"
+            f"own must hold {prompts} columns between 0 and {tasks - 1}, one for each prompt, or None for a task that "
+            f"is not there, got {listed}"
         )
-    return columns
+    return torch.tensor([-1 if column is None else int(column) for column in listed])
 
 
 # Similarities between prompts, higher is more alike.
@@ -167,7 +168,7 @@ class TransferCorrelation(Result):
 def transfer_correlation(
     similarity: Tensor,
     transfer: Tensor,
-    own: Sequence[int] | None = None,
+    own: Sequence[int | None] | None = None,
     num_permutations: int = 10_000,
     num_resamples: int = 1000,
     seed: int = 0,
@@ -205,6 +206,11 @@ def transfer_correlation(
     check_at_least("num_permutations", num_permutations, 1)
     check_at_least("num_resamples", num_resamples, 1)
     columns = _own(own, *transfer.shape).numpy()
+    if (columns < 0).any():
+        raise ValueError(
+            f"own must name a task of transfer for every prompt, got None for {int((columns < 0).sum())}: without it "
+            "there is no prompt to be similar to; add their tasks or leave them out"
+        )
     blocks = [np.flatnonzero(columns == task) for task in np.unique(columns)]
     check_at_least("the number of tasks with prompts", len(blocks), 3, "two tasks have one similarity")
     if len({len(block) for block in blocks}) > 1:
