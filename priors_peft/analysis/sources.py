@@ -107,7 +107,9 @@ def unique_names(adapters: list[str]) -> list[str]:
         often = Counter(names)
         if max(often.values()) == 1:
             return names
-        counts = [min(count + (often[name] > 1), len(part)) for count, name, part in zip(counts, names, parts, strict=True)]
+        counts = [
+            min(count + (often[name] > 1), len(part)) for count, name, part in zip(counts, names, parts, strict=True)
+        ]
 
 
 def _read(path: str, name: str) -> Source:

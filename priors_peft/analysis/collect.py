@@ -1,0 +1,251 @@
+"""Everything that is known of some adapters as one dictionary, `analysis.json`: docs/analysis.md says what it holds."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..hub.adapter import read_task
+from ..priors import prior_family
+from .common import check_at_least, check_choice, plain
+from .geometry import geometry_series, token_geometry
+from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
+from .projected import project
+from .runs import stability, word_odds
+from .sources import base_model_of, read_sources
+from .tokens import METRICS, NearestTokens, nearest_tokens, token_changes, token_signal
+from .words import script, show_token, token_text
+
+
+FORMAT_VERSION = 1
+PACKAGES = ("priors_peft", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn")
+
+
+def analyze(
+    adapters: Sequence[str | os.PathLike],
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Any] | None = None,
+    *,
+    k: int = 10,
+    metric: str = "cosine",
+    num_draws: int = 200,
+    seed: int = 0,
+    level: float = 0.05,
+    describe: bool = False,
+    activation_layers: Sequence[int] | None = None,
+    batch_size: int = 16,
+    command: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Analyse adapters of one base model: tokens, geometry and projections; more with data or with several adapters.
+
+    The result depends on neither the order of the adapters nor, beyond rounding, the batch size, and is the same for
+    the same seed but for `created`.
+
+    Args:
+        adapters: Local folders or Hub ids.
+        model: Their base model.
+        tokenizer: Its tokenizer.
+        tasks: Held-out rows (`prompt`, `completion`) by task, in which faithfulness and lines between runs are
+            measured: each adapter on its own task if it is there, else on the first. Two or more tasks are compared
+            by their activations.
+        k: Nearest tokens of each virtual token.
+        metric: `"cosine"`, `"l2"` or `"dot"`.
+        num_draws: Prompts drawn from each prior as a null.
+        seed: Of draws, samples and projections.
+        level: Of signal, see `tokens.token_signal`.
+        describe: Whether the model describes each prompt in its own words.
+        activation_layers: Where tasks are compared; a third and two thirds of the depth, and the end, if None.
+        batch_size: Rows at once.
+        command: What to say the analysis was made by.
+        progress: Whether to show a bar.
+
+    Returns:
+        A dictionary that JSON takes; docs/analysis.md has its schema.
+
+    Raises:
+        FileNotFoundError: An adapter is none.
+        ValueError: An argument is not valid, a task has no rows, or adapters don't fit the model or one another.
+    """
+    check_choice("metric", metric, METRICS)
+    check_at_least("k", k, 1)
+    check_at_least("num_draws", num_draws, 19, "fewer can't show signal at 5 %")
+    sources = read_sources(adapters)
+    for source in sources:
+        source.saved.check_fits(model)
+    for name, rows in (tasks or {}).items():
+        check_at_least(
+            f"the number of evaluation rows of task {name!r}", len(rows), 1, "pass data that holds some out"
+        )
+    bar = tqdm(total=3 * len(sources) + 2, desc="Analysing", disable=not progress, leave=False)
+
+    def stage(what: str) -> None:
+        bar.set_postfix_str(what)
+        bar.update()
+
+    spaces = spaces_of(model, tokenizer, sources, seed)
+    nulls: dict[tuple[str, int, int], Null] = {}
+    members, entries = [], []
+    for source in sources:
+        bar.set_postfix_str(f"draws from the prior of {source.name}")
+        priors = source.priors(model, tokenizer)
+        own = []
+        for layer, prior in zip(source.layers, priors, strict=True):
+            key = (prior_digest(prior), layer, source.prompt.shape[1])
+            if key not in nulls:
+                nulls[key] = random_prompts(prior, key[2], layer, spaces[layer], metric, num_draws, seed)
+            own.append(nulls[key])
+        stage(f"tokens of {source.name}")
+        space = spaces[0]
+        near = nearest_tokens(source.prompt[0], space.vectors, k, metric, space.excluded)
+        described = read_task(source.path) or {}
+        member = Member(source, priors, own, near, described.get("task"))
+        tokens = _tokens(member, space, tokenizer, level)
+        stage(f"geometry of {source.name}")
+        entries.append(_entry(member, tokens, _geometry(member, spaces, seed)))
+        members.append(member)
+        stage("")
+    bar.set_postfix_str("projections")
+    projection = project(members, spaces[0], tokenizer, tasks or {}, seed)
+    stage("tasks")
+    left_out: dict[str, str] = {}
+    analysis: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "base_model": _public(base_model_of(sources)[0] or getattr(model, "name_or_path", None)),
+        "level": level,
+        "num_draws": num_draws,
+        "seed": seed,
+        "adapters": entries,
+        "projection": projection,
+        "words": word_odds(members, spaces[0], tokenizer, k, metric, left_out),
+        "activations": None,
+        "transfer": None,
+        "questions": None,
+    }
+    measured = None
+    if tasks or describe:
+        from .on_tasks import OnTasks
+
+        measured = OnTasks(members, model, tokenizer, tasks or {}, batch_size)
+        for index, entry in enumerate(entries):
+            entry |= measured.of_adapter(index, describe)
+        analysis["activations"] = measured.activations(activation_layers, seed, left_out)
+    if not tasks:
+        left_out |= dict.fromkeys(("faithfulness", "activations"), "no task was given")
+    analysis["stability"] = stability(members, measured if tasks else None, seed, left_out)
+    left_out["transfer"] = "`priors-peft transfer` measures it"
+    stage("")
+    bar.close()
+    return plain(analysis | {"left_out": left_out})
+
+
+def _public(name: str | None) -> str | None:
+    """A model's name without the folders of this machine."""
+    return Path(name).name if name and Path(name).is_dir() else name
+
+
+# One adapter.
+
+
+def _entry(member: Member, tokens: dict[str, Any], geometry: dict[str, Any]) -> dict[str, Any]:
+    source, config = member.source, member.source.saved.config
+    deep = [layer for layer in source.layers if layer]
+    return {
+        "name": source.name,
+        "source": Path(source.path).resolve().name if Path(source.path).is_dir() else source.path,
+        "tuning": config.tuning,
+        "prior": prior_family(member.priors[0]),
+        "prior_source": "adapter" if source.has_prior else "fitted for the analysis",
+        "num_virtual_tokens": source.prompt.shape[1],
+        "layers": source.layers,
+        "parts": "tokens and geometry"
+        + (
+            f"; tokens of the embedding layer only: layers {', '.join(map(str, deep))} have no vocabulary"
+            if deep
+            else ""
+        ),
+        "task": member.task,
+        "steps": source.steps[-1],
+        "tokens": tokens,
+        "geometry": geometry,
+        "faithfulness": None,
+        "description": None,
+    }
+
+
+def _tokens(member: Member, space: Space, tokenizer: Any, level: float) -> dict[str, Any]:
+    near, source = member.near, member.source
+    start = changes = None
+    if source.initial is not None:
+        k = near.ids.shape[1]
+        start = nearest_tokens(source.initial[0], space.vectors, k, near.metric, space.excluded)
+        changes = token_changes(start, near)
+    signal = token_signal(near, member.nulls[0].scores, start, level)
+
+    def listed(found: NearestTokens, index: int) -> list[dict[str, Any]]:
+        pairs = zip(found.ids[index].tolist(), found.scores[index].tolist(), strict=True)
+        return [{"id": token, "text": show_token(tokenizer, token), "score": score} for token, score in pairs]
+
+    def texts(ids: list[list[int]], index: int) -> list[str]:
+        return [show_token(tokenizer, token) for token in ids[index]]
+
+    found = signal.to_dict()
+    virtual_tokens = [
+        {
+            "index": index,
+            "nearest": listed(near, index),
+            "initial_nearest": listed(start, index) if start else None,
+            "score": found["scores"][index],
+            "prior_percentile": found["prior_percentile"][index],
+            "p_value": found["p_values"][index],
+            "initial_percentile": found["initial_percentile"][index] if start else None,
+            "signal": found["signal"][index],
+            "inherited": found["inherited"][index] if start else False,
+            "kept": texts(changes.kept, index) if changes else None,
+            "gained": texts(changes.gained, index) if changes else None,
+            "lost": texts(changes.lost, index) if changes else None,
+            "moved": bool(changes.moved[index]) if changes else None,
+            "script": script(token_text(tokenizer, int(near.ids[index, 0]))),
+        }
+        for index in range(len(near.ids))
+    ]
+    return {
+        "metric": near.metric,
+        "k": near.ids.shape[1],
+        "virtual_tokens": virtual_tokens,
+        "num_signal": int(signal.signal.sum()),
+        "prior_band": found["prior_band"],
+    }
+
+
+def _geometry(member: Member, spaces: dict[int, Space], seed: int) -> dict[str, Any]:
+    source, layers = member.source, []
+    for index, (layer, prior, null) in enumerate(zip(source.layers, member.priors, member.nulls, strict=True)):
+        space, prompt = spaces[layer], source.prompt[index]
+        vectors = space.vectors.cpu()
+        start = prompt if source.initial is None else source.initial[index]
+        token = token_geometry(prompt, start, null.draws, prior, vectors, space.excluded).to_dict()
+        series = geometry_series(
+            source.trajectory[:, index],
+            null.draws,
+            prior,
+            vectors,
+            start,
+            [step or 0 for step in source.steps],
+            null.cosines,
+            seed=seed,
+            excluded=space.excluded,
+        ).to_dict() | {"steps": source.steps}
+        if source.initial is None:
+            token["drift"] = None
+            del series["measures"]["drift"]
+        layers.append({"layer": layer, "token": token, "series": series})
+    return {"layers": layers}
