@@ -9,6 +9,7 @@ from . import __version__
 COMMANDS = {
     "train": "train a prompt under a prior and evaluate it",
     "evaluate": "measure a saved adapter on a task, beside the base model without it",
+    "analyze": "say what prompts mean: tokens, geometry, runs, data; as JSON, pictures and a page",
     "doctor": "print versions, the device, and what a model supports",
 }
 

@@ -103,8 +103,7 @@ def analyze(
         stage(f"tokens of {source.name}")
         space = spaces[0]
         near = nearest_tokens(source.prompt[0], space.vectors, k, metric, space.excluded)
-        described = read_task(source.path) or {}
-        member = Member(source, priors, own, near, described.get("task"))
+        member = Member(source, priors, own, near, read_task(source.path) or {})
         tokens = _tokens(member, space, tokenizer, level)
         stage(f"geometry of {source.name}")
         entries.append(_entry(member, tokens, _geometry(member, spaces, seed)))

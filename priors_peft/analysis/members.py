@@ -56,14 +56,19 @@ class Member:
         priors: One for each layer.
         nulls: One for each layer.
         near: Nearest tokens of the embedding layer's prompt.
-        task: Its own task, where it says so.
+        trained_on: What it says of its own task, see `hub.adapter.read_task`; empty where it doesn't.
     """
 
     source: Source
     priors: list[Prior]
     nulls: list[Null]
     near: NearestTokens
-    task: str | None
+    trained_on: dict[str, Any]
+
+    @property
+    def task(self) -> str | None:
+        """Name of its own task, where it says so."""
+        return self.trained_on.get("task")
 
 
 def embeddings_of(model: Any) -> Tensor:

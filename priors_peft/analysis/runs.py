@@ -1,6 +1,7 @@
 """Several adapters side by side: how stable runs of a task are, and which words they say too often."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ def stability(
     """
     groups: dict[tuple, list[int]] = {}
     for index, member in enumerate(members):
-        key = (member.task or "", tuple(member.source.layers), tuple(member.source.prompt.shape))
+        task = json.dumps([member.trained_on.get(key) for key in ("task", "task_kwargs")], sort_keys=True)
+        key = (task, tuple(member.source.layers), tuple(member.source.prompt.shape))
         groups.setdefault(key, []).append(index)
     runs = [group for _, group in sorted(groups.items()) if len(group) > 1]
     if not runs:

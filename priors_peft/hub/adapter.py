@@ -259,8 +259,8 @@ def read_adapter(
 
 def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:
     """What an adapter was trained on, as `priors-peft train` leaves it in `task.json`; None if it is not said."""
-    path = _fetch(model_id, TASK_FILE, hub_arguments)
-    return None if path is None else _read_json(path)
+    path = fetch_file(model_id, TASK_FILE, hub_arguments)
+    return None if path is None else read_json(path)
 
 
 def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: int) -> Prior:
