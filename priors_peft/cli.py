@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a prompt under a prior and evaluate it",
     "evaluate": "measure a saved adapter on a task, beside the base model without it",
     "analyze": "say what prompts mean: tokens, geometry, runs, data; as JSON, pictures and a page",
+    "transfer": "measure every prompt on every task, and whether similar prompts transfer better",
     "doctor": "print versions, the device, and what a model supports",
 }
 

@@ -132,11 +132,12 @@ def measure_matrix(
     """
     base = model.base_model
     weight = base.get_input_embeddings().weight
+    # Whatever it is called here; all of the weights would take minutes.
     of_model = {
-        "model": base.name_or_path,
-        "revision": getattr(base.config, "_commit_hash", None),
+        "kind": type(base).__name__,
+        "parameters": sum(parameter.numel() for parameter in base.parameters()),
         "dtype": str(base.dtype),
-        "weights": _tensor_digest(weight[:256]),
+        "first_embeddings": _tensor_digest(weight[:256]),
     }
     of_task = {
         name: {
