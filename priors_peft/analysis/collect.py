@@ -118,7 +118,7 @@ def analyze(
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "base_model": _public(base_model_of(sources)[0] or getattr(model, "name_or_path", None)),
+        "base_model": public_name(base_model_of(sources)[0] or getattr(model, "name_or_path", None)),
         "level": level,
         "num_draws": num_draws,
         "seed": seed,
@@ -146,7 +146,7 @@ def analyze(
     return plain(analysis | {"left_out": left_out})
 
 
-def _public(name: str | None) -> str | None:
+def public_name(name: str | None) -> str | None:
     """A model's name without the folders of this machine."""
     return Path(name).name if name and Path(name).is_dir() else name
 

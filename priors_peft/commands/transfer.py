@@ -10,14 +10,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..analysis.collect import FORMAT_VERSION, PACKAGES, public_name
 from ..analysis.matrix import NO_PROMPT, KeptFigures, measure_matrix, model_similarities, transfer_part
 from ..analysis.sources import Source, base_model_of, read_sources
 from ..evaluation import best_device
 from ..files import write_json
 from ..hub.adapter import read_task
 from ..model import PriorPeftModel
+from ..priors import prior_family
 from ..tasks import Task, load_task
 from ..tasks.base import full_name
+from .analyze import ANALYSIS, REPORT
 from .arguments import ModelArguments, parse, parse_object
 from .evaluate import markdown_table
 from .train import base_model_from, room_for_text
@@ -25,8 +28,7 @@ from .train import base_model_from, room_for_text
 
 logger = logging.getLogger(__name__)
 
-ANALYSIS, CELLS = "analysis.json", "transfer_cells.json"
-ANALYSIS_VERSION = 1
+CELLS = "transfer_cells.json"
 ELSEWHERE = "other"
 
 
@@ -111,7 +113,9 @@ def transfer(adapters: Sequence[str], model_arguments: ModelArguments, args: Tra
     part["num_rows"] = {name: len(task.eval) for name, task in tasks.items()}  # type: ignore[arg-type]
 
     # ---- Writing ------------------------------------------------------------------------
-    analysis = read_analysis(analysis_path, model_arguments.model) or new_analysis(model_arguments.model, args.seed)
+    analysis = read_analysis(analysis_path, model_arguments.model) or new_analysis(
+        model_arguments.model, sources, own, args.seed
+    )
     analysis |= {"transfer": part}
     analysis.get("left_out", {}).pop("transfer", None)
     write_json(analysis_path, analysis)
@@ -164,35 +168,47 @@ def read_analysis(path: Path, base_model: str | None) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, got: {error}. Move it or pass another out") from error
     version = analysis.get("format_version") if isinstance(analysis, dict) else None
-    if version != ANALYSIS_VERSION:
-        raise ValueError(f"format_version must be {ANALYSIS_VERSION} in {path}, got {version!r}: pass another out")
-    if analysis.get("base_model") != _public(base_model):
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format_version must be {FORMAT_VERSION} in {path}, got {version!r}: pass another out")
+    if analysis.get("base_model") != public_name(base_model):
         raise ValueError(
             f"out must not hold the analysis of another base model, got {path} of {analysis.get('base_model')!r} for "
-            f"adapters of {_public(base_model)!r}: pass another out"
+            f"adapters of {public_name(base_model)!r}: pass another out"
         )
     return analysis
 
 
-def new_analysis(base_model: str | None, seed: int) -> dict[str, Any]:
+def new_analysis(
+    base_model: str | None, sources: Sequence[Source], own: Sequence[str | None], seed: int
+) -> dict[str, Any]:
     """An `analysis.json` without any part, for a folder where `analyze` has not run."""
-    parts = ("adapters", "projection", "activations", "words", "stability", "transfer", "questions")
+    adapters = [
+        {
+            "name": source.name,
+            "source": public_name(source.path),
+            "tuning": source.saved.config.tuning,
+            "prior": prior_family(source.saved.priors[0]),
+            "num_virtual_tokens": source.prompt.shape[1],
+            "layers": source.layers,
+            "task": task,
+            "steps": source.steps[-1],
+            "tokens": None,
+            "geometry": None,
+            "faithfulness": None,
+        }
+        for source, task in zip(sources, own, strict=True)
+    ]
+    parts = ("projection", "activations", "words", "stability", "transfer", "questions")
     return dict.fromkeys(parts) | {
-        "format_version": ANALYSIS_VERSION,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("priors_peft", "torch", "transformers", "peft")
-        },
+        "format_version": FORMAT_VERSION,
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": None,
-        "base_model": _public(base_model),
-        "adapters": [],
+        "base_model": public_name(base_model),
+        "adapters": adapters,
         "seed": seed,
+        "left_out": dict.fromkeys(parts[:-2], "`priors-peft analyze` computes it"),
     }
-
-
-def _public(name: str | None) -> str | None:
-    """A model's name without the folders of this machine."""
-    return Path(name).name if name and Path(name).is_dir() else name
 
 
 def draw(folder: Path) -> None:
@@ -204,7 +220,7 @@ def draw(folder: Path) -> None:
 
     analysis = json.loads((folder / ANALYSIS).read_text(encoding="utf-8"))
     save_pictures(analysis, folder)
-    report = folder / "report.html"
+    report = folder / REPORT
     if report.exists():
         from ..analysis.report import save_report
 
