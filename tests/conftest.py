@@ -1,7 +1,10 @@
 """Tiny models of every architecture that matters, built from their configurations, and a tokenizer for them."""
 
 import copy
+import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -123,3 +126,34 @@ def addition_rows(count: int, start: int = 0) -> list[dict[str, str]]:
     pairs = [(a, b) for a in range(40) for b in range(40)]
     chosen = [pairs[(start + index) * 7 % len(pairs)] for index in range(count)]
     return [{"prompt": f"Question: what is {a} plus {b} ? Answer:", "completion": f" {a + b}"} for a, b in chosen]
+
+
+# SuperGLUE's answers in the tokenizer's words.
+SUPERGLUE_KWARGS = {
+    "superglue:rte": {"verbalizer": {"entailment": "5", "not_entailment": "6"}},
+    **{f"superglue:{name}": {"verbalizer": {"False": "7", "True": "8"}} for name in ("wsc", "boolq", "wic")},
+}
+
+
+def write_superglue(folder: Path, count: int = 16) -> str:
+    """RTE, WSC, BoolQ and WiC as they are published, in words of the tokenizer."""
+    spans = {"span1_text": "1", "span1_index": 0, "span2_text": "2", "span2_index": 1}
+    rows: dict[str, Callable[[int], dict]] = {
+        "RTE": lambda n: {"premise": f"what is {n}", "hypothesis": f"is {n % 5} ?", "label": ("entailment", "not_entailment")[n % 2]},
+        "WSC": lambda n: {"text": f"1 2 plus {n}", "target": spans, "label": n % 3 == 0},
+        "BoolQ": lambda n: {"passage": f"{n} plus {n} is {2 * n}", "question": f"is {n} {n + 1}", "label": n % 2 == 1},
+        "WiC": lambda n: {"word": str(n), "sentence1": f"what is {n}", "sentence2": f"{n} plus", "label": n % 4 < 2},
+    }  # fmt: skip
+    for name, row in rows.items():
+        (folder / name).mkdir(parents=True)
+        for split, start in (("train", 0), ("val", 20)):
+            lines = [json.dumps(row(number)) + "\n" for number in range(start, start + count)]
+            (folder / name / f"{split}.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+def save_base(folder: Path) -> str:
+    """The tiny llama and its tokenizer, in a folder."""
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from priors_peft.tasks import load_task, math, prompts, squad, superglue
-from priors_peft.tasks.base import check_template, follow, task_names
+from priors_peft.tasks.base import check_template, follow, full_name, task_names
 
 
 def test_names_are_the_files_of_the_folder():
@@ -24,6 +24,47 @@ def test_unknown_task_lists_the_valid_ones(name):
 def test_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'math'"):
         load_task("maths")
+
+
+@pytest.mark.parametrize("name", ["rte", "RTE", "superglue:rte", "superglue:RTE"])
+def test_a_subtask_has_one_full_name(name, tmp_path):
+    assert full_name(name) == "superglue:rte"
+    (tmp_path / "train.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": "entailment"}\n')
+    given = {"data_dir": str(tmp_path), "num_eval": 0}
+    task = load_task(name, **given)
+    assert task.name == load_task("superglue", subtask="rte", **given).name == "superglue:rte"
+    assert task.train.to_list() == load_task("superglue", **given).train.to_list()
+
+
+def test_tasks_without_subtasks_are_their_own_names():
+    assert [full_name(name) for name in task_names()] == task_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "superglue:rtee",
+            "task must name a subtask after superglue: one of boolq, .* got 'rtee'. Did you mean 'rte'",
+        ),
+        ("math:rte", "task must name a subtask after math"),
+        ("glue:rte", "task must be one of completions, .* got 'glue:rte'"),
+    ],
+)
+def test_unknown_subtasks_are_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        full_name(name)
+
+
+def test_a_subtask_is_named_once():
+    with pytest.raises(ValueError, match="subtask must be 'rte' with task=superglue:rte, got 'wsc'"):
+        load_task("rte", subtask="wsc")
+
+
+def test_a_subtask_of_several_tasks_must_be_told_apart(monkeypatch):
+    monkeypatch.setattr(math, "SUBTASKS", {"rte": None}, raising=False)
+    with pytest.raises(ValueError, match="task must be one of math:rte, superglue:rte; got 'rte'"):
+        full_name("rte")
 
 
 def test_argument_the_task_does_not_take():
