@@ -138,8 +138,8 @@ def _command(names: list[str], *given: Any) -> str:
     words = ["priors-peft", "analyze", *names]
     for arguments in given:
         for item in fields(arguments):
-            value, place = getattr(arguments, item.name), item.name in (*PLACES, "out", "model")
-            if item.name == "model_revision" or not value or value == item.default:
+            value, place = getattr(arguments, item.name), item.name in (*PLACES, "model")
+            if item.name in ("model_revision", "out") or not value or value == item.default:
                 continue
             if item.name in ("contrast", "task_kwargs"):
                 value = json.dumps(_without_places(value), sort_keys=True)
@@ -148,7 +148,7 @@ def _command(names: list[str], *given: Any) -> str:
             elif place:
                 value = Path(value).name if Path(value).exists() else value
             words += [f"--{item.name}", str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, "--out", "DIR"])
 
 
 def _without_places(settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from test_trainer import Gradients, make_trainer
 
+from priors_peft.snapshots import SNAPSHOTS, read_snapshots
+
 
 TESTS = Path(__file__).parents[1]
 
@@ -65,7 +67,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
         done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         states[processes] = load_file(folder / "state.safetensors")
+        steps, course = read_snapshots(folder / SNAPSHOTS)
+        assert steps == [0, 1]
+        states[processes]["course"] = course
     one, two = states[1], states[2]
+    assert torch.allclose(one["course"], two["course"], atol=1e-5)
     assert (one["gradient"] - two["gradient"]).norm() < 1e-5 * one["gradient"].norm()
     assert torch.allclose(one["prompt"], two["prompt"], atol=1e-5)
     assert torch.allclose(one["figures"], two["figures"], rtol=1e-5)
