@@ -49,13 +49,17 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: str | os.PathLike, needed_bytes: int) -> None:
+def check_writable(
+    folder: str | os.PathLike, needed_bytes: int, argument: str = "output_dir", done: str = "trained"
+) -> None:
     """Raise `OSError` unless `folder` can be written to and has room, so that hours of training are not lost at save.
 
     Args:
         folder: The folder that will be written to; made if it does not exist.
         needed_bytes: How much will be written; one probe file of up to that size (at most 64 MiB) is really written,
             because quotas and some network disks only say no then.
+        argument: What the folder was given as.
+        done: What would be written.
     """
     folder = Path(folder)
     try:
@@ -69,6 +73,6 @@ def check_writable(folder: str | os.PathLike, needed_bytes: int) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"output_dir must be writable with {needed_bytes / 2**20:.1f} MiB free, got {str(folder)!r} "
-            f"({error.strerror}). Free some space or pass another output_dir; nothing was trained",
+            f"{argument} must be writable with {needed_bytes / 2**20:.1f} MiB free, got {str(folder)!r} "
+            f"({error.strerror}). Free some space or pass another {argument}; nothing was {done}",
         ) from error

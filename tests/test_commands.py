@@ -111,6 +111,93 @@ def test_bad_flags_are_one_line(flags, message, base, rows, tmp_path, capsys):
     assert message in lines[-1] and lines[-1].startswith("priors-peft train: ")
 
 
+@pytest.fixture
+def adapter(base, rows, tmp_path) -> str:
+    assert train(base, rows, tmp_path / "sums", "--prior", "gaussian") == 0
+    return str(tmp_path / "sums")
+
+
+QUICK = ["--num_draws", "20", "--k", "3"]
+
+
+def test_analyze_writes_figures_that_differ_by_their_date_alone(adapter, rows, tmp_path, capsys):
+    task = ["--train_file", rows, "--num_eval", "8"]
+    texts = []
+    for out in ("one", "two"):
+        assert main(["analyze", adapter, "--out", str(tmp_path / out), *QUICK, *task]) == 0
+        text = (tmp_path / out / "analysis.json").read_text()
+        analysis = json.loads(text)
+        texts.append(text.replace(analysis["created"], ""))
+    assert texts[0] == texts[1] and str(tmp_path) not in texts[0]
+    assert analysis["command"].startswith("priors-peft analyze sums --train_file rows.jsonl --num_eval 8 --k 3")
+    assert analysis["base_model"] == "base"
+    (found,) = analysis["adapters"]
+    assert (found["task"], found["steps"], found["faithfulness"]["rows"]) == ("completions", 3, 8)
+    assert {"report.html", "tokens.png", "geometry.png"} <= {path.name for path in (tmp_path / "two").iterdir()}
+    printed = capsys.readouterr().out
+    for expected in ("nearest tokens", "percentile of prior", "words: it needs two adapters", "report.html"):
+        assert expected in printed
+
+
+def test_analyze_takes_several_adapters_and_contrasts_tasks(adapter, base, rows, tmp_path, capsys):
+    assert train(base, rows, tmp_path / "deep", "--tuning", "deep", "--layers", "0,-1") == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"is {n} ?", "completion": " plus"}) + "\n" for n in range(40)))
+    contrast = json.dumps({"completions": {"train_file": str(other)}})
+    out = ["--out", str(tmp_path / "out"), *QUICK]
+    twice = ["analyze", adapter, str(tmp_path / "deep"), *out, "--train_file", rows, "--contrast", contrast]
+    assert main(twice) == 1
+    assert "contrast must name other tasks than task, got 'completions' twice" in capsys.readouterr().err
+    assert main(["analyze", adapter, str(tmp_path / "deep"), *out]) == 0
+    assert "layers 2 have no vocabulary" in capsys.readouterr().out
+    assert [one["name"] for one in json.loads((tmp_path / "out" / "analysis.json").read_text())["adapters"]] == [
+        "deep",
+        "sums",
+    ]
+
+
+def test_figures_are_there_when_pictures_fail(adapter, tmp_path, capsys, monkeypatch):
+    def fail(*given):
+        raise OSError("no room for pictures")
+
+    monkeypatch.setattr("priors_peft.analysis.pictures.save_pictures", fail)
+    assert main(["analyze", adapter, "--out", str(tmp_path / "out"), *QUICK]) == 1
+    assert "no room for pictures" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["adapters"][0]["name"] == "sums"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "out must be given"),
+        (["--out", "{out}", "--metric", "manhattan"], "metric must be one of cosine, l2, dot, got 'manhattan'"),
+        (["--out", "{out}", "--train_file", "{empty}"], "must hold at least one row, got an empty file"),
+        (["--out", "{out}", "--train_file", "{rows}", "--num_eval", "0"], "task must have evaluation rows, got"),
+        (["--out", "{out}", "--contrast", '{"math": {}}'], "task must be given for contrast"),
+        (["--out", "{out}", "--contrast", '{"maths": {}}'], "maths"),
+        (["--out", "{out}", "--activation_layers", "last"], "activation_layers must be numbers like 10,-1"),
+        (["--out", "{rows}"], "out must be writable"),
+        (["--out", "{out}", "--num_draws", "3"], "num_draws must be an integer >= 19, got 3"),
+    ],
+)
+def test_bad_input_of_analyze_is_one_line(flags, message, adapter, rows, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    places = {"out": tmp_path / "out", "rows": rows, "empty": tmp_path / "empty.jsonl"}
+    for name, place in places.items():
+        flags = [flag.replace(f"{{{name}}}", str(place)) for flag in flags]
+    assert main(["analyze", adapter, *flags]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("priors-peft analyze: ") and message in error
+    assert not (tmp_path / "out" / "analysis.json").exists()
+
+
+def test_analyze_wants_adapters(tmp_path, capsys):
+    assert main(["analyze", "--out", str(tmp_path)]) == 1
+    assert "ADAPTER... must be given before the flags, got []" in capsys.readouterr().err
+    assert main(["analyze", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "which has no adapter_config.json" in capsys.readouterr().err
+
+
 def test_doctor_says_what_a_model_supports(base, capsys):
     assert main(["doctor", "--model", base]) == 0
     printed = capsys.readouterr().out

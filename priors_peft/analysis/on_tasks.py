@@ -128,7 +128,7 @@ class OnTasks:
             states = task_activations(model, cut, chosen, index is not None, batch_size=self._batch_size)
             for layer, points in states.items():
                 name = None if index is None else self._members[index].source.name
-                found.append({"layer": layer, "with_prompt": index is not None, "adapter": name})
+                found.append({"layer": layer % (depth + 1), "with_prompt": index is not None, "adapter": name})
                 found[-1] |= _separated(points, labels, seed)
         return {"layers": sorted(found, key=lambda one: one["layer"])}
 

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     if not args.out:
         raise ValueError("out must be given: the folder for analysis.json, pictures and report.html")
     sources = read_sources(adapters)
-    check_writable(args.out, _ROOM)
+    check_writable(args.out, _ROOM, "out", "analysed")
     if model_arguments.model is None:
         model_arguments.model, model_arguments.model_revision = base_model_of(sources)
     base, tokenizer = base_model_from(model_arguments, best_device())

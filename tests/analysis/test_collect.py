@@ -233,10 +233,10 @@ def test_a_word_near_every_prompt_is_over_represented(tmp_path):
 def test_tasks_are_told_apart_by_their_activations(tmp_path):
     found = run([save(tmp_path / "a"), save(tmp_path / "b", seed=1)], TASKS, activation_layers=[1, -1])["activations"]
     assert [(one["layer"], one["with_prompt"], one["adapter"]) for one in found["layers"]] == [
-        (-1, False, None),
-        (-1, True, "a"),
         (1, False, None),
         (1, True, "a"),
+        (LAYERS, False, None),
+        (LAYERS, True, "a"),
     ]
     for one in found["layers"]:
         assert one["chance"] == 0.5 and one["counts"] == {"sums": 8, "words": 8}
