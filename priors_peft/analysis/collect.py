@@ -16,7 +16,7 @@ from .geometry import geometry_series, token_geometry
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
 from .projected import project
 from .runs import stability, word_odds
-from .sources import base_model_of, read_sources
+from .sources import Source, base_model_of, read_sources
 from .tokens import METRICS, NearestTokens, nearest_tokens, token_changes, token_signal
 from .words import script, show_token, token_text
 
@@ -82,68 +82,57 @@ def analyze(
         check_at_least(
             f"the number of evaluation rows of task {name!r}", len(rows), 1, "pass data that holds some out"
         )
-    bar = tqdm(total=3 * len(sources) + 2, desc="Analysing", disable=not progress, leave=False)
-
-    def stage(what: str) -> None:
-        bar.set_postfix_str(what)
+    with tqdm(total=len(sources) + 3, desc="Analysing", disable=not progress, leave=False) as bar:
+        spaces = spaces_of(model, tokenizer, sources, seed)
+        nulls: dict[tuple[str, int, int], Null] = {}
+        members, entries = [], []
+        for source in sources:
+            bar.set_postfix_str(source.name)
+            member = _member(source, nulls, spaces, model, tokenizer, k, metric, num_draws, seed)
+            tokens = _tokens(member, spaces[0], tokenizer, level)
+            entries.append(_entry(member, tokens, _geometry(member, spaces, seed)))
+            members.append(member)
+            bar.update()
+        bar.set_postfix_str("projections")
+        projection = project(members, spaces[0], tokenizer, tasks or {}, seed)
         bar.update()
+        left_out = {"transfer": "`priors-peft transfer` measures it"}
+        words = word_odds(members, spaces[0], tokenizer, k, metric, left_out)
+        bar.set_postfix_str("tasks")
+        activations, on_tasks = None, None
+        if tasks or describe:
+            from .on_tasks import OnTasks
 
-    spaces = spaces_of(model, tokenizer, sources, seed)
-    nulls: dict[tuple[str, int, int], Null] = {}
-    members, entries = [], []
-    for source in sources:
-        bar.set_postfix_str(f"draws from the prior of {source.name}")
-        priors = source.priors(model, tokenizer)
-        own = []
-        for layer, prior in zip(source.layers, priors, strict=True):
-            key = (prior_digest(prior), layer, source.prompt.shape[1])
-            if key not in nulls:
-                nulls[key] = random_prompts(prior, key[2], layer, spaces[layer], metric, num_draws, seed)
-            own.append(nulls[key])
-        stage(f"tokens of {source.name}")
-        space = spaces[0]
-        near = nearest_tokens(source.prompt[0], space.vectors, k, metric, space.excluded)
-        member = Member(source, priors, own, near, read_task(source.path) or {})
-        tokens = _tokens(member, space, tokenizer, level)
-        stage(f"geometry of {source.name}")
-        entries.append(_entry(member, tokens, _geometry(member, spaces, seed)))
-        members.append(member)
-        stage("")
-    bar.set_postfix_str("projections")
-    projection = project(members, spaces[0], tokenizer, tasks or {}, seed)
-    stage("tasks")
-    left_out: dict[str, str] = {}
-    analysis: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "base_model": public_name(base_model_of(sources)[0] or getattr(model, "name_or_path", None)),
-        "level": level,
-        "num_draws": num_draws,
-        "seed": seed,
-        "adapters": entries,
-        "projection": projection,
-        "words": word_odds(members, spaces[0], tokenizer, k, metric, left_out),
-        "activations": None,
-        "transfer": None,
-        "questions": None,
-    }
-    measured = None
-    if tasks or describe:
-        from .on_tasks import OnTasks
-
-        measured = OnTasks(members, model, tokenizer, tasks or {}, batch_size)
-        for index, entry in enumerate(entries):
-            entry |= measured.of_adapter(index, describe)
-        analysis["activations"] = measured.activations(activation_layers, seed, left_out)
-    if not tasks:
-        left_out |= dict.fromkeys(("faithfulness", "activations"), "no task was given")
-    analysis["stability"] = stability(members, measured if tasks else None, seed, left_out)
-    left_out["transfer"] = "`priors-peft transfer` measures it"
-    stage("")
-    bar.close()
-    return plain(analysis | {"left_out": left_out})
+            on_tasks = OnTasks(members, model, tokenizer, tasks or {}, batch_size)
+            entries = [entry | on_tasks.of_adapter(index, describe) for index, entry in enumerate(entries)]
+        if on_tasks is not None and tasks:
+            activations = on_tasks.activations(activation_layers, seed, left_out)
+        else:
+            left_out |= dict.fromkeys(("faithfulness", "activations"), "no task was given")
+        bar.update()
+        bar.set_postfix_str("runs")
+        runs = stability(members, on_tasks if tasks else None, seed, left_out)
+        bar.update()
+    return plain(
+        {
+            "format_version": FORMAT_VERSION,
+            "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "base_model": public_name(base_model_of(sources)[0] or getattr(model, "name_or_path", None)),
+            "level": level,
+            "num_draws": num_draws,
+            "seed": seed,
+            "adapters": entries,
+            "projection": projection,
+            "activations": activations,
+            "words": words,
+            "stability": runs,
+            "transfer": None,
+            "questions": None,
+            "left_out": left_out,
+        }
+    )
 
 
 def public_name(name: str | None) -> str | None:
@@ -152,6 +141,28 @@ def public_name(name: str | None) -> str | None:
 
 
 # One adapter.
+
+
+def _member(
+    source: Source,
+    nulls: dict[tuple[str, int, int], Null],
+    spaces: dict[int, Space],
+    model: Any,
+    tokenizer: Any,
+    k: int,
+    metric: str,
+    num_draws: int,
+    seed: int,
+) -> Member:
+    """An adapter with its priors, random prompts and nearest tokens; adapters under one prior share their `nulls`."""
+    priors, count, own = source.priors(model, tokenizer), source.prompt.shape[1], []
+    for layer, prior in zip(source.layers, priors, strict=True):
+        key = (prior_digest(prior), layer, count)
+        if key not in nulls:
+            nulls[key] = random_prompts(prior, count, layer, spaces[layer], metric, num_draws, seed)
+        own.append(nulls[key])
+    near = nearest_tokens(source.prompt[0], spaces[0].vectors, k, metric, spaces[0].excluded)
+    return Member(source, priors, own, near, read_task(source.path) or {})
 
 
 def _entry(member: Member, tokens: dict[str, Any], geometry: dict[str, Any]) -> dict[str, Any]:

@@ -179,18 +179,18 @@ def summary(analysis: dict[str, Any]) -> str:
             said.append(adapter["parts"])
         lines += [f"  {line}" for line in said if line]
         if not several:
-            lines += ["", _token_table(adapter["tokens"])]
+            lines += ["", _token_table(adapter["tokens"], analysis["level"])]
     for group in (analysis["stability"] or {}).get("groups", []):
         lines += ["", f"runs of {group['task'] or 'one task'}: {claims.stability(group)}"]
     left_out = [f"  {part}: {reason}" for part, reason in sorted(analysis["left_out"].items())]
     return "\n".join([*lines[1:], "", "left out:", *left_out])
 
 
-def _token_table(tokens: dict[str, Any]) -> str:
+def _token_table(tokens: dict[str, Any], level: float) -> str:
     rows = []
     for token in tokens["virtual_tokens"]:
         nearest = " ".join(near["text"] for near in token["nearest"][:3])
-        mark = "signal" if token["signal"] else "as at the start" if token["inherited"] else ""
+        mark = {"signal": "signal", "inherited": "as at the start"}.get(claims.token_state(token, level), "")
         figures = (f"{token['score']:.3f}", f"{token['prior_percentile']:.0f}", f"{token['p_value']:.3f}")
         rows.append([str(token["index"]), nearest.replace("|", "\\|"), *figures, mark])
     return markdown_table(["", "nearest tokens", tokens["metric"], "percentile of prior", "p", ""], rows)
