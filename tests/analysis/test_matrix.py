@@ -36,7 +36,7 @@ def test_a_planted_similarity_foretells_transfer():
     assert found["rho"] == pytest.approx(1) and found["smallest_p"] == pytest.approx(1 / 24)
     assert found["p_value"] == pytest.approx(1 / 24, abs=0.02)
     # |place| differences of other tasks below 5: 0-1, 0-4, 1-4 both ways, 2 prompts each.
-    assert (part["wins"], part["transfers"]) == (12 - 0, 24) and part["own_share"] == 1
+    assert (part["wins"], part["transfers"]) == (12, 24) and part["own_share"] == 1
     assert part["own"] == [0, 0, 1, 1, 2, 2, 3, 3] and part["metric"] == "f1" and part["notes"] == []
 
 
