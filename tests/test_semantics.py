@@ -21,15 +21,15 @@ def recipe(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def token(first, last, signal=False):
+def token(first, last):
     def near(word):
         return [{"id": sum(map(ord, word)), "text": f"␣{word}", "score": 0.9}]
 
-    return {"initial_nearest": near(first), "nearest": near(last), "signal": signal}
+    return {"initial_nearest": near(first), "nearest": near(last)}
 
 
-def adapter(task, tokens):
-    return {"name": task, "task": task, "tokens": {"virtual_tokens": tokens}}
+def adapter(task, tokens, signal=0):
+    return {"name": task, "task": task, "tokens": {"virtual_tokens": tokens, "num_signal": signal}}
 
 
 def group(task="rte", percentile=50.0, height=0.01):
@@ -69,10 +69,11 @@ def test_words_that_stay_are_named_and_held_against_chance(recipe):
     assert found["figures"]["kept"] == 3 and found["figures"]["virtual_tokens"] == 7
     # "the" says nothing; "premise" is of the description, "yes" is not.
     assert "rte: entailed." in found["answer"] and "yes (2)" in found["answer"] and "the" not in found["answer"].split("rte:")[1].split(".")[0]  # fmt: skip
-    assert "no more than chance" in found["answer"] and found["figures"]["signal_p_value"] == 1
-    strong = [adapter("rte", [token("entailed", "entailed", signal=True)] * 5)]
+    assert "nothing here says" in found["answer"] and found["figures"]["signal_p_value"] == 1
+    strong = [adapter("rte", [token("entailed", "entailed")], signal=1)] * 4
     (found,) = questions(analysis(adapters=strong))
-    assert "They stay" in found["answer"] and "(more than chance, p = 3.12e-07)" in found["answer"].replace("3.1e-07", "3.12e-07").replace("−", "-")  # fmt: skip
+    assert found["answer"].startswith("They stay") and "training moved them to words" in found["answer"]
+    assert found["figures"]["signal_p_value"] == pytest.approx(0.05**4)
 
 
 @pytest.mark.parametrize(

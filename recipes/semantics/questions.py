@@ -61,7 +61,7 @@ def words_kept(analysis: Mapping[str, Any], level: float) -> dict[str, Any] | No
     ]
     if not adapters:
         return None
-    total = kept = signal = 0
+    total = kept = shown = 0
     starts, ends = [], []
     prompts: Counter[str | None] = Counter()
     kept_words: dict[str | None, Counter[str]] = defaultdict(Counter)
@@ -69,9 +69,10 @@ def words_kept(analysis: Mapping[str, Any], level: float) -> dict[str, Any] | No
     for adapter in adapters:
         task, own, new = adapter["task"], set(), set()
         described = {token["initial_nearest"][0]["id"] for token in adapter["tokens"]["virtual_tokens"]}
+        shown += adapter["tokens"]["num_signal"] > 0
         for token in adapter["tokens"]["virtual_tokens"]:
             first, last = token["initial_nearest"][0], token["nearest"][0]
-            total, signal = total + 1, signal + bool(token["signal"])
+            total += 1
             starts.append(first["score"])
             ends.append(last["score"])
             if first["id"] == last["id"]:
@@ -82,7 +83,7 @@ def words_kept(analysis: Mapping[str, Any], level: float) -> dict[str, Any] | No
         prompts[task] += 1
         kept_words[task].update(filter(_is_word, own))
         new_words.update(filter(_is_word, new))
-    p_value = float(binomtest(signal, total, level, alternative="greater").pvalue)
+    p_value = float(binomtest(shown, len(adapters), level, alternative="greater").pvalue)
     share = kept / total
     verdict = (
         "They stay where they were put"
@@ -109,14 +110,14 @@ def words_kept(analysis: Mapping[str, Any], level: float) -> dict[str, Any] | No
         f" Words kept by every run of their task: {'; '.join(lists)}." if lists else " No word was kept by every run."
     )
     answer += (
-        f" Beyond what random prompts from the same priors show, which lie around the description too, "
-        f"{plural(signal, 'token')} of {total} are nearer to a word at the {percent(level)} level; chance alone gives "
-        f"{number(level * total)}"
+        f" Random prompts from the same priors lie around the description too; beyond what they show, {shown or 'none'} of "
+        f"{plural(len(adapters), 'prompt')} {'has' if shown == 1 else 'have'} a virtual token nearer to a word (signal), "
+        f"where chance gives {number(level * len(adapters))}, "
         + (
-            f" (more than chance, p = {number(p_value, 2)})."
+            f"p = {number(p_value, 2)}: training moved them to words."
             if p_value <= level
-            else f" (no more than chance, p = {number(p_value, 2)}): nearness to these words is inherited from the "
-            "start, and nothing here says that training found them."
+            else f"p = {number(p_value, 2)}: nearness is inherited from the start, and nothing here says that training "
+            "found words."
         )
     )
     if new_words:
@@ -127,8 +128,8 @@ def words_kept(analysis: Mapping[str, Any], level: float) -> dict[str, Any] | No
         "virtual_tokens": total,
         "kept": kept,
         "kept_share": share,
-        "signal": signal,
-        "signal_by_chance": level * total,
+        "prompts_with_signal": shown,
+        "prompts_with_signal_by_chance": level * len(adapters),
         "signal_p_value": p_value,
         "initial_cosine": fmean(starts),
         "cosine": fmean(ends),
