@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> None:
     if not args.out:
         raise ValueError("out must be given: the folder for analysis.json, pictures and report.html")
     sources = read_sources(adapters)
+    command = _command([source.name for source in sources], model_arguments, task_arguments, args)
     check_writable(args.out, _ROOM, "out", "analysed")
     if model_arguments.model is None:
         model_arguments.model, model_arguments.model_revision = base_model_of(sources)
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> None:
         describe=args.describe,
         activation_layers=args.activation_layers,
         batch_size=args.batch_size,
-        command=_command([source.name for source in sources], model_arguments, task_arguments, args),
+        command=command,
     )
     folder = Path(args.out)
     write_json(folder / ANALYSIS, analysis)
