@@ -59,6 +59,11 @@ def test_deep_training_resumes(base, rows, tmp_path):
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 5
 
 
+def test_train_without_evaluation_rows(base, rows, tmp_path):
+    assert train(base, rows, tmp_path / "out", "--num_eval", "0") == 0
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+
+
 def test_flags_win_over_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: some/model\nprior: gaussian\nlearning_rate: 1e-2\nprior_kwargs: {scale: 0.02}\n")

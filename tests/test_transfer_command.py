@@ -1,6 +1,7 @@
 """`priors-peft transfer`: each cell is what the prompt alone gives, is measured once, and joins what `analyze` wrote."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -34,8 +35,9 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def nothing_slow(monkeypatch):
     monkeypatch.setattr(command, "draw", lambda folder: None)
+    monkeypatch.setattr(matrix, "transfer_correlation", partial(matrix.transfer_correlation, num_resamples=20))
 
 
 def run(place, out, *flags, adapters=None, tasks=TASKS):

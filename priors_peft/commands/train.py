@@ -97,9 +97,11 @@ def train(
     # ---- Evaluation and saving ----------------------------------------------------------
     trainer.save_model()
     trainer.save_state()
-    metrics = trainer.evaluate() if task.eval is not None else {}
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics, combined=False)
+    metrics: dict[str, float] = {}
+    if task.eval is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics, combined=False)
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
