@@ -77,6 +77,7 @@ def test_the_best_model_is_among_them(tmp_path):
     prompt = trainer.model.prompt_encoder["default"]()
     assert trainer.state.best_global_step < 12
     assert torch.equal(course[kept.index(trainer.state.best_global_step)], prompt)
+    assert kept[-1] == 12 and not torch.equal(course[-1], prompt)
 
 
 def test_several_prompts_have_a_file_each(tmp_path):
@@ -101,11 +102,13 @@ def test_a_full_disk_loses_snapshots_but_not_the_training(tmp_path, monkeypatch,
 
 
 def test_trials_of_prior_weights_leave_none(tmp_path):
-    trainer = make_trainer(tmp_path, config={"num_virtual_tokens": 4, "prior_weight": "auto"}, max_steps=3)
-    trainer.train()
+    settings = {"config": {"num_virtual_tokens": 4, "prior_weight": "auto"}, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, max_steps=3, **settings).train()
+    before = read_snapshots(tmp_path / SNAPSHOTS)[1]
+    # The resumed run tries the weights again.
+    make_trainer(tmp_path, max_steps=6, **settings).train(resume_from_checkpoint=True)
     steps, course = read_snapshots(tmp_path / SNAPSHOTS)
-    assert steps == [0, 1, 2, 3]
-    assert torch.allclose(course[0], trainer.model.prompt_encoder["default"].initial_prompt, atol=1e-6)
+    assert steps == list(range(7)) and torch.equal(course[:4], before)
 
 
 def test_a_stock_trainer_keeps_them_too(tmp_path):

@@ -78,7 +78,7 @@ def test_an_untrained_prompt_shows_no_signal_and_its_start_is_not_among_the_draw
     (source,) = read_sources([path])
     for seed in range(3):
         draws = draw(source.saved.priors[0], 5, P, "null", 0, seed)
-        assert not any(torch.equal(one, source.prompt[0]) for one in draws)
+        assert (draws - source.prompt[0]).abs().flatten(1).amax(1).min() > 0.01
 
 
 def test_nothing_hangs_on_the_order_of_adapters_and_a_seed_gives_one_result(tmp_path):
