@@ -267,7 +267,8 @@ def test_a_stock_prompt_is_held_against_a_prior_fitted_for_it_and_has_no_start(t
 
 def test_a_point_prior_and_a_single_virtual_token_can_be_analysed(tmp_path):
     text = {"prior": "text", "prior_kwargs": {"text": "what is 3 plus", "spread": 0.0}, "prior_weight": 0.0}
-    point, single = run([save(tmp_path / "point", **text), save(tmp_path / "single", num_virtual_tokens=1)])["adapters"]
+    adapters = [save(tmp_path / "point", **text), save(tmp_path / "single", num_virtual_tokens=1)]
+    point, single = run(adapters)["adapters"]
     assert point["tokens"]["num_signal"] == 0 and point["geometry"]["layers"][0]["token"]["radius"] == [0] * P
     assert "squared_mmd" not in single["geometry"]["layers"][0]["series"]["measures"]
 
