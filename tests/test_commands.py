@@ -206,7 +206,7 @@ def test_analyze_wants_adapters(tmp_path, capsys):
 def test_doctor_says_what_a_model_supports(base, capsys):
     assert main(["doctor", "--model", base]) == 0
     printed = capsys.readouterr().out
-    for expected in ("cache (prompt computed once a batch)", "32 (3 layers)", "128 tokens", "96 rows"):
+    for expected in ("rows as one sequence without padding", "32 (3 layers)", "128 tokens", "96 rows"):
         assert expected in printed
 
 
