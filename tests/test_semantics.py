@@ -7,6 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+import torch
 from conftest import SUPERGLUE_KWARGS, save_base, write_superglue
 
 
@@ -53,9 +54,7 @@ def transfer(p_value=0.5, share=0.9, rho=0.7):
         "own_share": 1.0,
         "correlations": {"cosine": {"rho": rho, "p_value": p_value, "interval": [-0.5, 0.5], "smallest_p": 1 / 24}},
     }
-    similarities = {"matched": [[0, -1, -5], [-1, 0, -5], [-5, -5, 0]]}
-    own = {"own_tasks": ["rte", "rte", "wic"], "similarities": similarities, "metric": "accuracy_by_likelihood"}
-    return found | own | {"by_metric": {"accuracy_by_likelihood": found, "nll": found}}
+    return found | {"metric": "accuracy_by_likelihood", "by_metric": {"accuracy_by_likelihood": found, "nll": found}}
 
 
 def analysis(**parts):
@@ -89,11 +88,37 @@ def test_runs_are_held_against_random_prompts(recipe, percentile, verdict):
     assert "In 1 of 1 task all straight lines" in found["answer"]
 
 
-def test_runs_are_compared_with_other_tasks(recipe):
-    given = analysis(stability={"groups": [group(height=2.0)]}, transfer=transfer())
-    runs, _ = recipe("questions").questions(given)
-    assert runs["figures"]["distances"] == {"within": 1, "between": 5}
-    assert "decided by the task more than by the run" in runs["answer"] and "In none of 1 task" in runs["answer"]
+def moved(within, between):
+    """Starts of two tasks with three runs each, and moves of which a part is common to a task and a part to all."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    tasks = ["rte"] * 3 + ["wic"] * 3
+    starts = random(2, 4, 32).repeat_interleave(3, dim=0) * 10 + 0.1 * random(6, 4, 32)
+    common = within * random(2, 4, 32).repeat_interleave(3, dim=0) + between * random(1, 4, 32)
+    return starts, starts + common + 0.1 * random(6, 4, 32), tasks
+
+
+@pytest.mark.parametrize(
+    ("within", "between", "verdict"),
+    [
+        (0.0, 0.0, "don't agree where to go."),
+        (1.0, 0.0, "agree where to go, and tasks differ in it."),
+        (0.0, 1.0, "agree where to go, but no more than different tasks do."),
+    ],
+)
+def test_runs_that_move_alike_are_told_from_starts_that_lie_apart(recipe, within, between, verdict):
+    questions = recipe("questions")
+    moves = questions.moves_of(*moved(within, between))
+    assert moves["distance_within"] < 10 < moves["distance_between"]  # whatever training did
+    (runs,) = questions.questions(analysis(stability={"groups": [group(height=2.0)]}), moves)
+    assert verdict in runs["answer"] and "their descriptions' doing" in runs["answer"]
+    assert "In none of 1 task" in runs["answer"] and runs["figures"]["moves"] == moves
+    starts, prompts, tasks = moved(within, between)
+    assert questions.moves_of(starts, prompts, ["rte"] * 6) is None
+    assert questions.moves_of(starts[::3], prompts[::3], tasks[::3]) is None
 
 
 def test_transfer_is_foretold_or_not(recipe):

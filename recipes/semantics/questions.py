@@ -6,7 +6,11 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from priors_peft.analysis.claims import number, percent, plural
+from priors_peft.analysis.stability import prompt_distances
 
 
 Q1 = "Do trained prompts stay near meaningful words of their task?"
@@ -25,17 +29,20 @@ FUNCTION_WORDS = set(
 )
 
 
-def questions(analysis: Mapping[str, Any], level: float = 0.05) -> list[dict[str, Any]]:
+def questions(
+    analysis: Mapping[str, Any], moves: Mapping[str, float] | None = None, level: float = 0.05
+) -> list[dict[str, Any]]:
     """The `"questions"` of an `analysis.json`.
 
     Args:
         analysis: With adapters; what else is there is used.
+        moves: From `moves_of`.
         level: Of significance.
 
     Returns:
         For each question that the analysis has figures for: `question`, `answer` and `figures`.
     """
-    answered = [words_kept(analysis, level), runs_compared(analysis), transfer_foretold(analysis, level)]
+    answered = [words_kept(analysis, level), runs_compared(analysis, moves), transfer_foretold(analysis, level)]
     return [part for part in answered if part is not None]
 
 
@@ -144,7 +151,7 @@ def _frequent(item: tuple[str, int]) -> tuple[int, str]:
 # Question 2.
 
 
-def runs_compared(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
+def runs_compared(analysis: Mapping[str, Any], moves: Mapping[str, float] | None) -> dict[str, Any] | None:
     """How far runs of a task lie apart: beside random prompts, beside other tasks, and by their losses."""
     groups = (analysis["stability"] or {}).get("groups", [])
     if not groups:
@@ -161,15 +168,9 @@ def runs_compared(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
     else:
         answer = "They neither meet nor scatter more than their random starts."
     answer = " ".join([answer, *(f"{name}: {said}." for name, (_, said) in described.items())])
-    within = _distances(analysis["transfer"])
-    if within:
-        more = within["within"] < within["between"]
-        answer += (
-            f" Runs of one task lie {number(within['within'])} apart and prompts of different tasks "
-            f"{number(within['between'])}: where a prompt ends is decided by the task {'more' if more else 'no more'} "
-            "than by the run."
-        )
-        figures = figures | {"distances": within}
+    if moves:
+        answer += _moved(moves)
+        figures = figures | {"moves": dict(moves)}
     highest = [own["highest_barrier"] for own, _ in described.values() if "highest_barrier" in own]
     if highest:
         flat = sum(height <= FLAT for height in highest)
@@ -207,16 +208,60 @@ def _mean_of_pairs(matrix: Sequence[Sequence[float]]) -> float:
     return fmean(matrix[i][j] for i, j in combinations(range(len(matrix)), 2))
 
 
-def _distances(transfer: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Mean matched distance of prompts of one task and of different tasks."""
-    if not transfer or "matched" not in transfer["similarities"]:
+def moves_of(starts: Tensor, prompts: Tensor, tasks: Sequence[str | None]) -> dict[str, float] | None:
+    """How far prompts lie apart before and after training, and whether they moved the same way.
+
+    Args:
+        starts: Prompts before training, shape `[N, P, d]`.
+        prompts: The same after it.
+        tasks: Of each.
+
+    Returns:
+        Mean distances after matching virtual tokens, and mean cosines of the moves, within and between tasks; None
+        without two prompts of one task and two tasks.
+    """
+    pairs = list(combinations(range(len(tasks)), 2))
+    same = [tasks[i] == tasks[j] for i, j in pairs]
+    if not any(same) or all(same):
         return None
-    tasks, similarity = transfer["own_tasks"], transfer["similarities"]["matched"]
-    found: dict[bool, list[float]] = {True: [], False: []}
-    for i, j in combinations(range(len(tasks)), 2):
-        if tasks[i] is not None and tasks[j] is not None:
-            found[tasks[i] == tasks[j]].append(-similarity[i][j])
-    return {"within": fmean(found[True]), "between": fmean(found[False])} if all(found.values()) else None
+    moves = torch.nn.functional.normalize((prompts - starts).double().flatten(1), dim=-1)
+    of = {
+        "start_distance": prompt_distances(starts).matched,
+        "distance": prompt_distances(prompts).matched,
+        "move_cosine": moves @ moves.mT,
+    }
+    found = {"move_cosine_by_chance": prompts[0].numel() ** -0.5}
+    for name, values in of.items():
+        for where, wanted in (("within", True), ("between", False)):
+            chosen = [float(values[pair]) for pair, is_same in zip(pairs, same, strict=True) if is_same == wanted]
+            found[f"{name}_{where}"] = fmean(chosen)
+    return found
+
+
+def _moved(moves: Mapping[str, float]) -> str:
+    """What `moves_of` says, in sentences."""
+    far = {name: number(value) for name, value in moves.items()}
+    stayed = abs(moves["distance_between"] / moves["start_distance_between"] - 1) < 0.1
+    chance = 2 * moves["move_cosine_by_chance"]
+    agree, differ = (
+        moves["move_cosine_within"] > chance,
+        moves["move_cosine_within"] > moves["move_cosine_between"] + chance,
+    )
+    return (
+        f" Runs of one task lie {far['distance_within']} apart ({far['start_distance_within']} at the start), prompts of "
+        f"different tasks {far['distance_between']} ({far['start_distance_between']} at the start)"
+        + (": that tasks lie apart is their descriptions' doing, not training's." if stayed else ".")
+        + f" What training added points the same way with a mean cosine of {far['move_cosine_within']} between runs of one "
+        f"task and {far['move_cosine_between']} between tasks, where unrelated moves have 0 ± "
+        f"{far['move_cosine_by_chance']}: runs of a task "
+        + (
+            "don't agree where to go."
+            if not agree
+            else "agree where to go, and tasks differ in it."
+            if differ
+            else "agree where to go, but no more than different tasks do."
+        )
+    )
 
 
 # Question 3.

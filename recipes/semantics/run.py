@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from questions import questions
+import torch
+from questions import moves_of, questions
 
 from priors_peft.analysis.collect import analyze
 from priors_peft.analysis.pictures import save_pictures
 from priors_peft.analysis.report import save_report
+from priors_peft.analysis.sources import read_sources
 from priors_peft.commands.analyze import ANALYSIS, REPORT
 from priors_peft.commands.arguments import ModelArguments, PromptArguments, TaskArguments, parse
 from priors_peft.commands.train import TrainingArguments, base_model_from, train
@@ -131,7 +133,14 @@ def main(arguments: list[str]) -> None:
 
     # ---- The three questions ------------------------------------------------------------
     analysis = json.loads((out / ANALYSIS).read_text(encoding="utf-8"))
-    analysis["questions"] = questions(analysis)
+    sources = read_sources(runs)
+    starts, prompts = (
+        torch.stack([prompt.transpose(0, 1).flatten(1) for prompt in of])
+        for of in ([source.initial for source in sources], [source.prompt for source in sources])
+    )
+    analysis["questions"] = questions(
+        analysis, moves_of(starts, prompts, [adapter["task"] for adapter in analysis["adapters"]])
+    )
     write_json(out / ANALYSIS, analysis)
     save_pictures(analysis, out)
     save_report(analysis, out / REPORT)
