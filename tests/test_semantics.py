@@ -78,7 +78,7 @@ def test_words_that_stay_are_named_and_held_against_chance(recipe):
 
 @pytest.mark.parametrize(
     ("percentile", "verdict"),
-    [(99.0, "They scatter, beyond"), (1.0, "They come together."), (50.0, "They neither meet nor scatter")],
+    [(99.0, "They end further apart"), (1.0, "They end closer together"), (50.0, "They end as far apart as")],
 )
 def test_runs_are_held_against_random_prompts(recipe, percentile, verdict):
     (found,) = recipe("questions").questions(analysis(stability={"groups": [group(percentile=percentile)]}))

@@ -188,11 +188,10 @@ def model_similarities(model: PriorPeftModel) -> tuple[dict[str, Tensor], list[s
         return {}, ["The prompts have different numbers of virtual tokens or layers: no similarity compares them."]
     stacked = torch.stack([prompt.theta for prompt in prompts])
     layers = [prompt_similarities(stacked[:, layer]) for layer in range(stacked.shape[1])]
-    similarities = {
-        "frobenius": -sum(one["frobenius"].square() for one in layers).sqrt(),  # type: ignore[union-attr]
-        "cosine": sum(one["cosine"] for one in layers) / len(layers),  # type: ignore[dict-item]
-        "matched": -sum(one["matched"].square() for one in layers).sqrt(),  # type: ignore[union-attr]
-    }
+    frobenius, cosine, matched = (
+        torch.stack([layer[name] for layer in layers]) for name in ("frobenius", "cosine", "matched")
+    )
+    similarities = {"frobenius": -frobenius.norm(dim=0), "cosine": cosine.mean(0), "matched": -matched.norm(dim=0)}
     try:
         similarities["neurons"] = activation_overlap(neuron_activations(model, stacked))
     except ValueError as error:

@@ -37,7 +37,7 @@ class TransferSummary(Result):
 
 
 def transfer_summary(
-    scores: Tensor, no_prompt: Tensor, own: Sequence[int] | None = None, higher_is_better: bool = True
+    scores: Tensor, no_prompt: Tensor, own: Sequence[int | None] | None = None, higher_is_better: bool = True
 ) -> TransferSummary:
     """The share of transfers that beat no prompt, and gains over no prompt and over the task's own prompts.
 

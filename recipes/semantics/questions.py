@@ -159,14 +159,18 @@ def runs_compared(analysis: Mapping[str, Any], moves: Mapping[str, float] | None
     described = {group["task"] or "one task": _of_runs(group) for group in groups}
     figures: dict[str, Any] = {name: own for name, (own, _) in described.items()}
     places = Counter(_place(own["mean_percentile"]) for own in figures.values() if "mean_percentile" in own)
-    if not places:
-        answer = "There are too few runs to hold against random prompts."
-    elif places["further apart than"] > len(groups) / 2:
-        answer = "They scatter, beyond where their different starts had put them."
+    if places["further apart than"] > len(groups) / 2:
+        answer = "They end further apart than random starts lie"
     elif places["closer together than"] > len(groups) / 2:
-        answer = "They come together."
+        answer = "They end closer together than random starts lie"
+    elif places:
+        answer = "They end as far apart as random starts lie"
     else:
-        answer = "They neither meet nor scatter more than their random starts."
+        answer = "There are too few runs to hold against random starts"
+    if moves:
+        same = moves["move_cosine_within"] > 2 * moves["move_cosine_by_chance"]
+        answer += f", and training moves them {'the same way' if same else 'different ways'}"
+    answer += "."
     answer = " ".join([answer, *(f"{name}: {said}." for name, (_, said) in described.items())])
     if moves:
         answer += _moved(moves)
