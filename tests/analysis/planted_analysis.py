@@ -11,7 +11,7 @@ from priors_peft.priors import GaussianPrior
 
 
 NASTY = [
-    "<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "<!--", "␣entailed", "$x^2$", "$\\frac{", "中文",
+    "<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "<!--", "␣entailed", "$x^2$", "$\\frac{$", "中文",
     "العربية", "<U+202E>", "%{x}", "&amp;", "_under", "<b>bold</b>", "💩", "\ud83d", "\"'`", "{{ 7 * 7 }}", "]]>", "\\u003c",
     "a" * 300, "<br>", "^{2}", "\x00", "<a href='javascript:alert(1)'>x</a>", "<0xE4>", "%(text)s", "{% raw %}", "␊", "é",
 ]  # fmt: skip
@@ -55,7 +55,7 @@ def planted(
         prompts.append(end)
         ways.append(torch.stack([torch.lerp(start, end, float(t)) for t in torch.linspace(0, 1, snapshots)]))
     names = [f"{TASKS[i % 4]}-{i // 4}" for i in range(count)]
-    names[0] = 'rte "$1" <img src=x onerror=alert(1)>'
+    names[0] = 'rte "$\\frac{$" <img src=x onerror=alert(1)>'
     names[-1] = "_中文" if count > 1 else names[-1]
 
     def loss(prompt: Tensor, task: str) -> float:

@@ -37,7 +37,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
         rows = math.ceil(len(adapters) / 2)
         heights = [0.6 + 0.3 * len(adapters), *[2.1] * rows]
         figure = new_figure(title, 0.4 + sum(heights))
-        above, below = figure.subfigures(2, 1, height_ratios=[heights[0], sum(heights[1:])])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[heights[0], sum(heights[1:])])
+        above, below = parts
         losses = above.subplots()
         axes = below.subplots(rows, min(2, len(adapters)), squeeze=False).ravel()
         for axis, adapter in zip(axes, adapters, strict=False):

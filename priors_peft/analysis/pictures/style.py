@@ -22,7 +22,8 @@ SIGNAL, INHERITED = COLOURS[0], COLOURS[4]
 # Above this many adapters a picture has a row for each instead of a panel.
 DETAILED = 4
 _WIDTH = 8.0
-STYLE = {
+# Any: stubs of matplotlib want literal keys.
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,

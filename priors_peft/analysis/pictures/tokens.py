@@ -28,12 +28,12 @@ def draw(analysis: claims.Part) -> "Figure | None":
     title = claims.tokens_title(adapters, analysis["level"])
     if title is None:
         return None
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "signal": {"marker": "o", "color": SIGNAL},
         "inherited": {"marker": "s", "color": INHERITED},
         "chance": {"marker": "o", "color": GREY},
     }
-    legend = {
+    legend: dict[str, dict[str, Any]] = {
         "nearer than chance": styles["signal"],
         "inherited from the start": styles["inherited"],
         "within chance": styles["chance"],
