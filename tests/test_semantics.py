@@ -200,6 +200,7 @@ def test_the_study_runs_from_nothing_to_a_report_and_goes_on(tmp_path, recipe, m
     ("flags", "message"),
     [
         (["--tasks", "rtee"], "task must be one of"),
+        (["--tasks", "rte", "math"], "tasks must be SuperGLUE's, .* got 'math'"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
         (["--task_kwargs", '{"cb": {}}'], "task_kwargs must give settings by task, .*, got superglue:cb"),
         (["--sedes", "2"], "'--sedes' is no flag; did you mean 'seeds'"),

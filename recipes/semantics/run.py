@@ -50,20 +50,24 @@ class StudyArguments:
     """What the study is of, and how thoroughly it is analysed."""
 
     tasks: list[str] = field(
-        default_factory=lambda: ["rte", "wsc", "boolq", "wic"], metadata={"help": "Tasks by name, each with its runs"}
+        default_factory=lambda: ["rte", "wsc", "boolq", "wic"], metadata={"help": "SuperGLUE's tasks by name"}
     )
     seeds: int = field(
         default=4, metadata={"help": "Runs of each task: seeds 0, 1, ... of the start and the data order"}
     )
-    num_transfer: int = field(default=64, metadata={"help": "Evaluation rows of a task for the transfer matrix"})
+    num_transfer: int = field(default=48, metadata={"help": "Evaluation rows of a task for the transfer matrix"})
     num_analysis: int = field(
-        default=10, metadata={"help": "Evaluation rows of a task for faithfulness, lines between runs and activations"}
+        default=8, metadata={"help": "Evaluation rows of a task for faithfulness, lines between runs and activations"}
     )
     num_draws: int = field(default=200, metadata={"help": "Random prompts from each prior, as a null"})
     eval_batch_size: int = field(default=16, metadata={"help": "Rows a batch when prompts are measured"})
 
     def __post_init__(self) -> None:
         self.tasks = [full_name(task) for task in self.tasks]
+        other = [task for task in self.tasks if not task.startswith("superglue:")]
+        if other:
+            # Others hold rows out of their training rows, other ones for each number of them.
+            raise ValueError(f"tasks must be SuperGLUE's, which have evaluation rows of their own, got {other[0]!r}")
         for name in ("seeds", "num_transfer", "num_analysis"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
