@@ -5,14 +5,13 @@ python benchmarks/several_prompts.py --count 4
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import base_model, batch, machine, pairs, ratio
+from side_by_side import base_model, batch, forget_peak, machine, pairs, ratio, resident
 
 from priors_peft import PriorConfig, get_prior_model
 
@@ -61,8 +60,9 @@ def main() -> None:
     ]
     ways = {"at_once": at_once, "in_a_row": in_a_row}
     if options.memory:
+        before = forget_peak()
         ways[options.memory](model, inputs[0], options.count)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print((resident("VmHWM") - before) / 2**20)
         return
     timed = pairs(
         lambda i: in_a_row(model, inputs[i], options.count),
@@ -74,7 +74,7 @@ def main() -> None:
     result = {"count": options.count, "in_a_row_s": result.pop("stock_s"), "at_once_s": result.pop("ours_s"), **result}
     for way in ways:
         output = subprocess.check_output([sys.executable, *sys.argv, "--memory", way], text=True)
-        result[f"{way}_peak_mib"] = float(output.splitlines()[-1])
+        result[f"{way}_peak_mib_over_model"] = float(output.splitlines()[-1])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({**result, **machine(options.device)})
     with options.output.open("a") as file:

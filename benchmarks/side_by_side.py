@@ -1,5 +1,6 @@
 """What the benchmarks share: models by shape, stock PEFT beside ours, paired timings, the machine's own rate."""
 
+import gc
 import math
 import platform
 import statistics
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +144,19 @@ def matmul_rate(width: int, inner: int, rows: int, device: torch.device, dtype: 
 
     product()
     return repeats * 2 * rows * width * inner / min(seconds(product, device) for _ in range(5))
+
+
+def forget_peak() -> int:
+    """Start measuring this process's peak memory anew (Linux); bytes in memory now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now (`VmRSS`), or at most since the peak was last cleared (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,6 @@ bfloat16` runs the same on a GPU. Resumable: a row that is in the output is not 
 """
 
 import argparse
-import gc
 import json
 import random
 import subprocess
@@ -19,7 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import base_model, batch, machine, matmul_rate, ours, pairs, ratio, seconds, stock_twin
+from side_by_side import (
+    base_model,
+    batch,
+    forget_peak,
+    machine,
+    matmul_rate,
+    ours,
+    pairs,
+    ratio,
+    resident,
+    seconds,
+    stock_twin,
+)
 from tqdm.auto import tqdm
 
 from priors_peft import load_base_model
@@ -135,9 +146,7 @@ def memory(side: str, options: argparse.Namespace) -> None:
     else:
         # What is mapped is counted once it was touched; and building the model and its prior peaked on its own.
         sum(float(part.sum()) for part in model.parameters())
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
+        before = forget_peak()
     for _ in range(3):
         step(model, inputs)
     if options.device.type == "cuda":
@@ -145,12 +154,6 @@ def memory(side: str, options: argparse.Namespace) -> None:
     else:
         peak = resident("VmHWM")
     print(json.dumps({"mib": (peak - before) / 2**20}))
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory: now (`VmRSS`), or at most since the peak was last cleared (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def profile(options: argparse.Namespace) -> None:
