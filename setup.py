@@ -16,6 +16,7 @@ install_requires = [
     "threadpoolctl>=3.6",
     "numpy>=2.4",
     "pyyaml>=6.0",
+    "jinja2>=3.1",
 ]
 
 extras = {
@@ -45,7 +46,10 @@ setup(
     license_files=["LICENSE"],
     keywords=["prompt-tuning", "peft", "bayesian", "prior", "transformers", "interpretability"],
     packages=find_packages(include=["priors_peft", "priors_peft.*"]),
-    package_data={"priors_peft": ["py.typed"], "priors_peft.analysis.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "priors_peft": ["hub/card.md", "py.typed"],
+        "priors_peft.analysis.report": ["*.html", "*.css", "*.js"],
+    },
     entry_points={"console_scripts": ["priors-peft = priors_peft.cli:main"]},
     python_requires=">=3.11",
     install_requires=install_requires,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -429,12 +430,18 @@ class PriorPeftModel(PeftModelForCausalLM):
         is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Save prompts as stock PEFT adapters with sidecars; see `priors_peft.hub.adapter.save_adapter`."""
+        """Save prompts as stock PEFT adapters with sidecars and, if there is none, a card; see `hub.adapter.save_adapters`."""
         from .hub.adapter import save_adapters
+        from .hub.card import CARD, write_card
 
         if not safe_serialization:
             raise ValueError("safe_serialization must be True, got False: prompts are saved as safetensors only")
         save_adapters(self, save_directory, selected_adapters, is_main_process)
+        if is_main_process and not Path(save_directory, CARD).exists():
+            try:
+                write_card(save_directory)
+            except (ValueError, OSError) as error:
+                logger.warning("The prompt was saved, but its card could not be made: %s", error)
 
     @classmethod
     def from_pretrained(

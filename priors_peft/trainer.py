@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
-    Trainer,
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -22,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from .callback import PriorCallback, suffix, weight_at
 from .data import IGNORED, count_supervised_tokens, pad, prompts_of, tokenize
 from .files import check_writable
+from .hub.trainer import HubTrainer
 from .inference.map import choose_weight, weight_factor
 from .model import PriorPeftModel
 
@@ -59,7 +59,6 @@ class PriorTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "random if unset, or group_by_length for models whose rows must be padded"},
     )
-    hub_strategy: str = field(default="end", metadata={"help": "When to push; checkpoints lack the sidecars"})
     prior_weight_schedule: str = field(
         default="constant", metadata={"help": "How prior_weight changes: constant, linear, cosine or cyclical"}
     )
@@ -72,7 +71,7 @@ class PriorTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
-class PriorTrainer(Trainer):
+class PriorTrainer(HubTrainer):
     """`Trainer` whose objective is `mean NLL − (prior_weight / N) · log p(θ)`, in nats per supervised token.
 
     N is the number of supervised tokens in the training set, so `prior_weight=1` is the exact MAP estimate. The
@@ -293,12 +292,6 @@ class PriorTrainer(Trainer):
             return super()._load_best_model()
         # PEFT keeps adapters of other names in subfolders, where Trainer does not look.
         self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name, is_trainable=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            # A pickle has no place in a folder that people share.
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     # Evaluation
 

@@ -6,9 +6,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hub.loopback import TOKEN, LoopbackHub
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Where the client would go is read when it is imported; only tests that take the fixture `hub` let it go there.
+HUB = LoopbackHub()
+os.environ |= HUB.environment(os.environ.get("HF_HOME") or "~/.cache/huggingface") | {"HF_HUB_OFFLINE": "1"}
+os.environ.pop("HF_TOKEN")
+
+import huggingface_hub
 import pytest
 import torch
 from transformers import (
@@ -84,6 +90,17 @@ def own_cache(tmp_path_factory):
         (shared / name).mkdir(parents=True, exist_ok=True)
         (own / name).symlink_to(shared / name)
     os.environ["PRIORS_PEFT_CACHE"] = str(own)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> LoopbackHub:
+    """An empty Hub that this process is logged in to; the client's waiting between tries takes no time."""
+    HUB.reset()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return HUB
 
 
 @pytest.fixture(params=list(CONFIGS))

@@ -1,12 +1,14 @@
 """`priors-peft evaluate ADAPTER`: a saved prompt on a task, beside the base model without it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..choices import metrics_by_likelihood
 from ..evaluation import answer, best_device
 from ..files import write_json
-from ..hub.adapter import read_adapter
+from ..hub.adapter import read_adapter, read_task
+from ..hub.card import EVALUATION, write_card
 from ..model import PriorPeftModel
 from ..tasks import Task
 from .arguments import ModelArguments, TaskArguments, parse
@@ -19,13 +21,15 @@ class EvaluationArguments:
 
     batch_size: int = field(default=16, metadata={"help": "Rows a batch"})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures go as JSON too"})
+    initial: bool = field(default=False, metadata={"help": "Measure the prompt as it was before training too"})
 
 
 def main(arguments: list[str]) -> None:
-    """Print likelihood and metrics with and without the prompt."""
+    """Print likelihood and metrics with and without the prompt; a folder's card shows them from then on."""
     dataclasses = (ModelArguments, TaskArguments, EvaluationArguments)
     adapter, model_arguments, task_arguments, args = parse(dataclasses, arguments, "priors-peft evaluate", ["adapter"])
-    config = read_adapter(adapter).config
+    saved = read_adapter(adapter)
+    config = saved.config
     if model_arguments.model is None:
         model_arguments.model, model_arguments.model_revision = config.base_model_name_or_path, config.revision
     base, tokenizer = base_model_from(model_arguments, best_device())
@@ -36,10 +40,25 @@ def main(arguments: list[str]) -> None:
     figures = {}
     with model.disable_adapter():
         figures["no prompt"] = evaluate(base, tokenizer, task, args.batch_size, "No prompt")
+    if args.initial:
+        encoder = model.prompt_encoder["default"]
+        encoder.set_prompt(encoder.initial_prompt)
+        figures["before training"] = evaluate(model, tokenizer, task, args.batch_size, "Before training")
+        encoder.load_state_dict(saved.encoder().state_dict())
     figures[adapter] = evaluate(model, tokenizer, task, args.batch_size, "With prompt")
     print(table(figures))
+    _keep(adapter, task, {"this prompt" if name == adapter else name: of for name, of in figures.items()})
     if args.output_file:
         write_json(args.output_file, figures)
+
+
+def _keep(adapter: str, task: Task, figures: dict[str, dict[str, float]]) -> None:
+    """Leave the figures beside an adapter that lies here, if they are of the task it was trained on."""
+    if not Path(adapter).is_dir() or task.eval is None:
+        return
+    if (read_task(adapter) or {}).get("task", task.name) == task.name:
+        write_json(Path(adapter, EVALUATION), {"task": task.name, "num_rows": len(task.eval), "figures": figures})
+        write_card(adapter)
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, batch_size: int, desc: str) -> dict[str, float]:

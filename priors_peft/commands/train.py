@@ -1,7 +1,7 @@
 """`priors-peft train`, the same as `recipes/train.py`: base model, task, prompt, training, evaluation, saving."""
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from ..config import PriorConfig
 from ..evaluation import answer_metrics
 from ..files import write_json
 from ..hub.adapter import TASK_FILE
-from ..hub.base_model import load_base_model
+from ..hub.base_model import hub_id, load_base_model
+from ..hub.facts import SETTINGS, public_name, public_value
 from ..model import get_prior_model
 from ..tasks import Task, load_task
 from ..trainer import PriorTrainer, PriorTrainingArguments, last_checkpoint
@@ -55,6 +56,7 @@ def train(
 ) -> dict[str, float]:
     """Train, evaluate and save; returns the evaluation's figures."""
     # ---- Model and task -----------------------------------------------------------------
+    recipe = recipe_of(model_arguments, task_arguments, prompt_arguments, args)
     set_seed(args.seed)
     base, tokenizer = base_model_from(model_arguments)
     room = args.max_length or room_for_text(base, prompt_arguments.num_virtual_tokens)
@@ -88,6 +90,7 @@ def train(
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    trainer.recipe = recipe
     if args.should_save:
         write_json(Path(args.output_dir, TASK_FILE), task_facts(task_arguments, task))
     checkpoint = last_checkpoint(args.output_dir) if args.resume else None
@@ -95,7 +98,7 @@ def train(
     trainer.log_metrics("train", result.metrics)
 
     # ---- Evaluation and saving ----------------------------------------------------------
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed at the end, with the evaluation
     trainer.save_state()
     metrics: dict[str, float] = {}
     if task.eval is not None:
@@ -137,11 +140,40 @@ def task_facts(arguments: TaskArguments, task: Task) -> dict[str, Any]:
     """What an adapter's folder tells of what it was trained on, but not where the files lay."""
     return {
         "task": task.name,
-        "task_kwargs": {key: value for key, value in arguments.task_kwargs.items() if key not in PLACES},  # type: ignore[union-attr]
+        "task_kwargs": public_value(_without_places(arguments.task_kwargs or {})),  # type: ignore[arg-type]
         "split_seed": arguments.split_seed,
         "num_train": len(task.train),
         "num_eval": 0 if task.eval is None else len(task.eval),
+        "dataset": hub_id(task.dataset),
+        "template": task.template,
+        "description": task.description,
+        "max_new_tokens": task.max_new_tokens,
     }
+
+
+def recipe_of(*arguments: Any) -> dict[str, Any]:
+    """The flags that give these arguments again, where they differ from the defaults; no folders of this machine."""
+    recipe: dict[str, Any] = {}
+    for given in arguments:
+        known = [item for item in fields(given) if item.init and item.name not in PLACES]
+        if isinstance(given, TrainingArguments):
+            defaults = {item.name: item.default for item in known if item.name in SETTINGS}
+        else:
+            empty = type(given)()
+            defaults = {item.name: getattr(empty, item.name) for item in known}
+        for name, default in defaults.items():
+            value = getattr(given, name)
+            if name in ("model", "dataset"):
+                value = public_name(value)
+            elif isinstance(value, dict):
+                value = _without_places(value)
+            if value not in (default, None):
+                recipe[name] = public_value(value)
+    return recipe
+
+
+def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in PLACES}
 
 
 def prior_settings(arguments: PromptArguments, task: Task) -> dict[str, Any]:

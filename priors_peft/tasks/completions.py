@@ -97,6 +97,7 @@ def load(
         eval=prompt_completion(held_out) if held_out else None,
         metrics=completion_metrics,
         max_new_tokens=longest(completion for _, completion in train + (held_out or [])),
+        dataset=dataset,
     )
 
 

@@ -99,6 +99,7 @@ def load(
         metrics=completion_metrics,
         max_new_tokens=MAX_NEW_TOKENS,
         description=DESCRIPTION,
+        template=template,
     )
 
 

@@ -63,6 +63,8 @@ def load(
         metrics=_metrics,
         max_new_tokens=MAX_NEW_TOKENS,
         description=DESCRIPTION,
+        template=template,
+        dataset=None if data_dir else dataset,
     )
 
 

@@ -117,6 +117,8 @@ def load(
         metrics=metrics,
         max_new_tokens=MAX_NEW_TOKENS,
         description=DESCRIPTION,
+        template=template,
+        dataset=None if data_dir else source,
     )
 
 

@@ -151,6 +151,8 @@ def load(
         metrics=metrics,
         max_new_tokens=longest([text for _, text in pairs] + [text for row in read_eval for text in choices(row)]),
         description=spec.description,
+        template=template,
+        dataset=None if data_dir else dataset,
     )
 
 

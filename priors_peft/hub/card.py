@@ -1,0 +1,213 @@
+"""The model card: `README.md` from the facts that lie in an adapter's folder, by one template."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_path
+from .adapter import ADAPTER_CONFIG, PRIOR_CONFIG, TASK_FILE, read_json
+from .base_model import BUNDLED
+from .facts import TrainingFacts, public_name, read_facts, scrub
+from .markdown import plain, slug
+
+
+logger = logging.getLogger(__name__)
+
+CARD, TEMPLATE = "README.md", "card.md"
+ANALYSIS, EVALUATION = "analysis.json", "evaluation.json"
+MARK = "<!-- Write below this line: priors_peft keeps it when it makes this card again. -->"
+# Cards that nobody wrote: what Trainer and PEFT leave.
+_GENERATED = ("[More Information Needed]", "has been generated automatically according to the information the Trainer")
+_OWN_KEYS = {"base_model", "base_model_relation", "datasets", "library_name", "pipeline_tag", "tags", "model-index"}
+
+
+@dataclass
+class Facts:
+    """All that lies in an adapter's folder and that its card can tell.
+
+    Args:
+        folder: The folder.
+        adapters: By name: its subfolder ("" at the root), `adapter_config.json` and `prior_config.json` (empty if stock).
+        training: From `training.json`.
+        task: From `task.json`; empty if nothing is said.
+        evaluation: From `evaluation.json`, what `priors-peft evaluate` measured; empty if it did not.
+        analysis: From `analysis.json`; empty if there is none.
+        pictures: Names of PNG files at the root.
+        repo_id: Where the folder is on the Hub.
+    """
+
+    folder: Path
+    adapters: dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+    training: TrainingFacts
+    task: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[str, Any] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
+    repo_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The adapter that the card is about: the one at the root, or the first."""
+        return next(iter(self.adapters))
+
+    @property
+    def stock(self) -> dict[str, Any]:
+        """Its `adapter_config.json`."""
+        return self.adapters[self.name][1]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Its `prior_config.json`; empty for a stock adapter."""
+        return self.adapters[self.name][2]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its `PriorConfig`; empty for a stock adapter."""
+        return self.described.get("config", {})
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's Hub id or the bundled model's name; None where it is a folder."""
+        return self.training.base_model or public_name(self.stock.get("base_model_name_or_path"))
+
+    @property
+    def deep(self) -> bool:
+        """Whether it is a deep prompt."""
+        return self.stock.get("peft_type") == "PREFIX_TUNING"
+
+
+def read_folder(folder: str | os.PathLike, repo_id: str | None = None) -> Facts:
+    """What an adapter's folder tells.
+
+    Raises:
+        FileNotFoundError: There is no adapter in it.
+        ValueError: A file is damaged.
+    """
+    folder = Path(folder)
+    adapters = adapters_in(folder)
+    training = read_facts(folder)
+    # A checkpoint is of the same task as the run it lies in.
+    places = [folder, folder.resolve().parent] if folder.resolve().name.startswith("checkpoint-") else [folder]
+    task = next((place / TASK_FILE for place in places if (place / TASK_FILE).is_file()), None)
+    return Facts(
+        folder,
+        adapters,
+        training,
+        task=read_json(task) if task else {},
+        evaluation=_read(folder / EVALUATION),
+        analysis=_read(folder / ANALYSIS),
+        pictures=sorted(path.name for path in folder.glob("*.png")),
+        repo_id=repo_id or training.repo_id,
+    )
+
+
+def adapters_in(folder: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The adapter at a folder's root and those in its subfolders, as `save_pretrained` leaves them.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    found = {}
+    inner = sorted(path for path in folder.glob("*/") if not path.name.startswith((".", "checkpoint-")))
+    for place in [folder, *inner]:
+        if (place / ADAPTER_CONFIG).is_file():
+            own = "" if place == folder else place.name
+            found[own or "default"] = own, read_json(place / ADAPTER_CONFIG), _read(place / PRIOR_CONFIG)
+    if not found:
+        raise FileNotFoundError(
+            f"the folder must hold an adapter, got {str(folder)!r} without {ADAPTER_CONFIG}: give the output_dir of "
+            "`priors-peft train`, or what save_pretrained wrote"
+        )
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def write_card(folder: str | os.PathLike, **options: Any) -> Path:
+    """Write `README.md` into an adapter's folder; what stands below the marked line of the present one is kept.
+
+    Args:
+        folder: The adapter's folder.
+        **options: As in `card_text`.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: A file the card is made from is damaged.
+    """
+    path = Path(folder, CARD)
+    text = card_text(folder, **options)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def card_text(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    tags: list[str] | str | None = None,
+    model_name: str | None = None,
+    keep: str | os.PathLike | None = None,
+) -> str:
+    """The card of an adapter's folder, front matter and all.
+
+    Args:
+        folder: The adapter's folder.
+        repo_id: Where it is or will be on the Hub.
+        license: Its licence as the Hub names them; else what the present card says.
+        language: Of the data; else what the present card says.
+        tags: More tags.
+        model_name: The title; else the repository's name, or what it is.
+        keep: The folder whose card's own part is kept, if another than this.
+    """
+    from huggingface_hub import ModelCard
+
+    from . import card_parts as parts
+
+    facts = read_folder(folder, repo_id)
+    old_data, own_text = _kept(Path(keep or folder, CARD))
+    title = plain(model_name or (facts.repo_id or "").rpartition("/")[2] or parts.title(facts))
+    data = parts.front_matter(facts, title)
+    given = [tags] if isinstance(tags, str) else tags or []
+    kept_tags = [tag for tag in old_data.get("tags") or [] if not str(tag).startswith(("prior:", "task:"))]
+    data.tags = list(dict.fromkeys([*(data.tags or []), *map(slug, given), *kept_tags]))
+    for name, value in (old_data | {"license": license or old_data.get("license")}).items():
+        if name not in _OWN_KEYS and value is not None:
+            data[name] = value
+    if language is not None:
+        data.language = language
+    if data.license is None and facts.base_model == BUNDLED:
+        data.license = "apache-2.0"  # the base model's
+    card = ModelCard.from_template(
+        data,
+        template_str=Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"),
+        **parts.sections(facts, title),
+    )
+    return scrub(str(card).rstrip()) + f"\n\n{MARK}\n{own_text}"
+
+
+def _kept(path: Path) -> tuple[dict[str, Any], str]:
+    """Front matter of the present card and the part of it that its author wrote."""
+    from huggingface_hub import ModelCard
+
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8")
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+        data, body = card.data.to_dict(), card.text
+    except Exception as error:  # whatever a YAML parser says of what people write
+        logger.warning("The front matter of %s can't be read (%s); it is made anew", path, error)
+        data, body = {}, text
+    before, mark, own = text.partition(f"{MARK}\n")
+    if mark:
+        return data, own
+    if any(sign in text for sign in _GENERATED) or not body.strip():
+        return {}, ""
+    return data, f"\n{body.lstrip()}"
