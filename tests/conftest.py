@@ -11,8 +11,10 @@ from hub.loopback import TOKEN, LoopbackHub
 
 # Where the client would go is read when it is imported; only tests that take the fixture `hub` let it go there.
 HUB = LoopbackHub()
-os.environ |= HUB.environment(os.environ.get("HF_HOME") or "~/.cache/huggingface") | {"HF_HUB_OFFLINE": "1"}
-os.environ.pop("HF_TOKEN")
+for name in ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[name] = HUB.environment()[name]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("HF_TOKEN", None)
 
 import huggingface_hub
 import pytest

@@ -6,9 +6,20 @@ import re
 from typing import Any
 
 
+# What no reader sees or no file can hold: controls, directions of writing, halves of characters.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: Any) -> str:
+    """Text with `�` in place of what can't be seen or written."""
+    return _INVISIBLE.sub("�", str(text))
+
+
 def plain(text: Any, most: int = 100) -> str:
     """Text for front matter: one line without markup."""
-    flat = re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(text))
+    flat = re.sub(r"\s+", " ", visible(text))
     flat = re.sub(r"[<>`|]|-{3,}", "", flat).strip()
     return flat if len(flat) <= most else flat[: most - 1] + "…"
 
@@ -20,7 +31,7 @@ def slug(text: Any) -> str:
 
 def escape(text: Any) -> str:
     """Text within a paragraph or a table: line breaks become spaces, markup is shown and not obeyed."""
-    flat = html.escape(re.sub(r"\s+", " ", str(text)), quote=False)
+    flat = html.escape(re.sub(r"\s+", " ", visible(text)), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#~|!$@:])|(?<=w)\.", lambda match: f"&#{ord(match.group())};", flat)
 
 
@@ -33,9 +44,7 @@ def code(text: Any) -> str:
 def literal(value: Any) -> str:
     """A value as JSON that is also YAML and, for a text, Python; it can't end a fenced block."""
     text = json.dumps(value, ensure_ascii=False)
-    for sign in "<>&`\u2028\u2029\x85":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
+    return re.sub(rf"[<>&`]|{_INVISIBLE.pattern}", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:

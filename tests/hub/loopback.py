@@ -71,16 +71,15 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
 
-    def environment(self, home) -> dict[str, str]:
-        """Variables with which a client in another process uses this Hub and a cache of its own."""
+    def environment(self, **more: str) -> dict[str, str]:
+        """Variables with which a client in another process uses this Hub; `HF_HOME` gives it a cache of its own."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": TOKEN,
-            "HF_HOME": str(home),
-        }
+        } | more
 
     def fail(self, pattern: str, status: int, times: int = 10**6, **headers: str) -> None:
         """Answer matching requests with a status."""
@@ -353,6 +352,10 @@ def metadata_errors(content: str) -> list[str]:
         return [f"YAML: {error}"]
     if not isinstance(data, dict):
         return ["metadata must be an object"]
+    return [*_wrong_names(data), *(error for entry in data.get("model-index", []) for error in _wrong_results(entry))]
+
+
+def _wrong_names(data: dict) -> list[str]:
     errors = []
     for key in ("base_model", "datasets"):
         values = data.get(key) or []
@@ -365,18 +368,21 @@ def metadata_errors(content: str) -> list[str]:
     tags = data.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) and 0 < len(tag) <= 128 for tag in tags):
         errors.append('"tags" must be an array of strings')
-    for index, entry in enumerate(data.get("model-index", [])):
-        where = f'"model-index[{index}]'
-        if not isinstance(entry.get("name"), str) or not entry.get("results"):
-            errors.append(f'{where}" must have a name and results')
-        for result in entry.get("results", []):
-            if not result.get("task", {}).get("type"):
-                errors.append(f'{where}.results.task.type" is required')
-            if not all(isinstance(result.get("dataset", {}).get(key), str) for key in ("name", "type")):
-                errors.append(f'{where}.results.dataset" must have a name and a type')
-            for metric in result.get("metrics", []):
-                if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float, str)):
-                    errors.append(f'{where}.results.metrics" must have a type and a value')
+    return errors
+
+
+def _wrong_results(entry: dict) -> list[str]:
+    errors = []
+    if not isinstance(entry.get("name"), str) or not entry.get("results"):
+        errors.append('"model-index" must have a name and results')
+    for result in entry.get("results", []):
+        if not result.get("task", {}).get("type"):
+            errors.append('"model-index.results.task.type" is required')
+        if not all(isinstance(result.get("dataset", {}).get(key), str) for key in ("name", "type")):
+            errors.append('"model-index.results.dataset" must have a name and a type')
+        for metric in result.get("metrics", []):
+            if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float, str)):
+                errors.append('"model-index.results.metrics" must have a type and a value')
     return errors
 
 
