@@ -170,22 +170,26 @@ def retry_command(folder: str | os.PathLike, repo_id: str, private: bool | None,
 
 @contextmanager
 def explained(
-    folder: str | os.PathLike, repo_id: str, private: bool | None = None, revision: str | None = None
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    again: str | None = None,
 ) -> Iterator[None]:
-    """Turn what the Hub and the network raise into a `PushError` that says what to do."""
+    """Turn what the Hub and the network raise into a `PushError` that says what to do: `again`, or push again."""
     try:
         yield
     except HFValidationError:
         raise
-    except (HTTPError, OSError, ValueError) as error:
-        raise PushError(
-            f"{str(folder)!r} was not pushed to {repo_id}: {what_happened(error)}. The folder is whole; to try again: "
-            f"{retry_command(folder, repo_id, private, revision)}"
-        ) from error
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        again = again or f"The folder is whole; to try again: {retry_command(folder, repo_id, private, revision)}"
+        raise PushError(f"{str(folder)!r} was not pushed to {repo_id}: {what_happened(error)}. {again}") from error
 
 
 def what_happened(error: Exception) -> str:
     """Why a request to the Hub failed, in words."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the client says which file, its cause says why
     response = getattr(error, "response", None)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing may be asked of the Hub: unset it"

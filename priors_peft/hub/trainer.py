@@ -16,7 +16,7 @@ from transformers.utils import PushInProgress
 
 from ..files import atomic_path
 from .adapter import ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS
-from .card import adapters_in, write_card
+from .card import CARD, adapters_in, write_card
 from .facts import collect_facts, read_facts
 from .push import ADAPTER_FILES, PushError, commit, explained, files_of, prepare_repo, push_folder
 
@@ -24,8 +24,8 @@ from .push import ADAPTER_FILES, PushError, commit, explained, files_of, prepare
 logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
-# Never shared: a pickle that resuming does not need, and a card that is at the root.
-_LEFT_OUT = ("training_args.bin", "README.md", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+# Not shared with a checkpoint: a pickle that nothing needs, the card, which is at the root, and the base model's tokenizer.
+_LEFT_OUT = ("training_args.bin", CARD, "tokenizer*", "*token*.json", "vocab*", "merges.txt", "chat_template*")
 
 
 class HubTrainer(Trainer):
@@ -43,6 +43,11 @@ class HubTrainer(Trainer):
 
     # Facts and card
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s."""
+        self._evaluated = None  # figures of another prompt
+        return super().train(*args, **kwargs)
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer`'s; figures of the trainer's own evaluation rows go onto the card, if the prompt was saved."""
         figures = super().evaluate(eval_dataset, *args, **kwargs)
@@ -50,8 +55,8 @@ class HubTrainer(Trainer):
             if self.state.global_step == 0:
                 self._before = figures
             self._evaluated = self.state.global_step, figures
-            if self._saved:
-                self.create_model_card()
+            if self._saved and self.is_world_process_zero():
+                self._try_card(Path(self.args.output_dir))
         return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -60,12 +65,8 @@ class HubTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             # A pickle has no place in a folder that people share.
             (folder / "training_args.bin").unlink(missing_ok=True)
-            try:
-                self._write_card(folder)
-                self._saved = self._saved or folder == Path(self.args.output_dir)
-            except (ValueError, OSError) as error:
-                # The prompt itself matters more.
-                logger.warning("The card of %s could not be made: %s", folder, error)
+            self._try_card(folder)
+            self._saved = self._saved or folder == Path(self.args.output_dir)
 
     def create_model_card(
         self,
@@ -89,6 +90,13 @@ class HubTrainer(Trainer):
                 Path(self.args.output_dir), language=language, license=license, tags=tags, model_name=model_name
             )
 
+    def _try_card(self, folder: Path) -> None:
+        try:
+            self._write_card(folder)
+        except (ValueError, OSError) as error:
+            # The prompt itself matters more.
+            logger.warning("The card of %s could not be made: %s", folder, error)
+
     def _write_card(self, folder: Path, **options: Any) -> None:
         step, figures = self._evaluated or (None, None)
         facts = collect_facts(self, figures if step == self.state.global_step else None, self._before)
@@ -109,7 +117,9 @@ class HubTrainer(Trainer):
         args = self.args
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         private = args.hub_private_repo if private is None else private
-        with explained(args.output_dir, name, private, args.hub_revision):
+        started = hasattr(self, "state")  # in its constructor, Trainer asks for the repository first
+        again = None if started else "Nothing was trained; mend it and start again, or train without push_to_hub"
+        with explained(args.output_dir, name, private, args.hub_revision, again):
             self.hub_model_id = prepare_repo(HfApi(token=token or args.hub_token), name, private, args.hub_revision)
         self.push_in_progress = None
 
@@ -167,7 +177,7 @@ class HubTrainer(Trainer):
         self.callback_handler.on_push_begin(args, self.state, self.control)
         output, checkpoint = Path(args.output_dir), Path(checkpoint_folder)
         _copy_adapters(checkpoint, output)
-        self._write_card(output)
+        self._try_card(output)
         files = files_of(output)
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             folder = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
@@ -218,7 +228,8 @@ def _checkpoint_files(checkpoint: Path) -> dict[str, Path | bytes]:
     if state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
         found[_STATE] = json.dumps(state, indent=2).encode()
-    return found | files_of(checkpoint)
+    found |= files_of(checkpoint)
+    return {path: content for path, content in found.items() if path != CARD}
 
 
 def _staged(content: Path | bytes, path: Path) -> Path | bytes:
