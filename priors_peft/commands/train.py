@@ -167,7 +167,7 @@ def recipe_of(*arguments: Any) -> dict[str, Any]:
                 value = public_name(value)
             elif isinstance(value, dict):
                 value = _without_places(value)
-            if value not in (default, None):
+            if value not in (default, None) and not (value is False and default is None):
                 recipe[name] = public_value(value)
     return recipe
 

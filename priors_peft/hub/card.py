@@ -9,8 +9,8 @@ from typing import Any
 from ..files import atomic_path
 from .adapter import ADAPTER_CONFIG, PRIOR_CONFIG, TASK_FILE, read_json
 from .base_model import BUNDLED
-from .facts import TrainingFacts, public_name, read_facts, scrub
-from .markdown import plain, slug
+from .facts import TrainingFacts, public_name, read_facts
+from .markdown import plain, scrub, slug
 
 
 logger = logging.getLogger(__name__)
@@ -165,6 +165,10 @@ def card_text(
         tags: More tags.
         model_name: The title; else the repository's name, or what it is.
         keep: The folder whose card's own part is kept, if another than this.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: A file the card is made from is damaged.
     """
     from huggingface_hub import ModelCard
 
@@ -172,8 +176,13 @@ def card_text(
 
     facts = read_folder(folder, repo_id)
     old_data, own_text = _kept(Path(keep or folder, CARD))
-    title = plain(model_name or (facts.repo_id or "").rpartition("/")[2] or parts.title(facts))
-    data = parts.front_matter(facts, title)
+    try:
+        title = plain(model_name or (facts.repo_id or "").rpartition("/")[2] or parts.title(facts))
+        data, sections = parts.front_matter(facts, title), parts.sections(facts, title)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"the JSON files in {str(folder)!r} must be as priors_peft writes them, got {type(error).__name__}: {error}"
+        ) from error
     given = [tags] if isinstance(tags, str) else tags or []
     kept_tags = [tag for tag in old_data.get("tags") or [] if not str(tag).startswith(("prior:", "task:"))]
     data.tags = list(dict.fromkeys([*(data.tags or []), *map(slug, given), *kept_tags]))
@@ -187,7 +196,7 @@ def card_text(
     card = ModelCard.from_template(
         data,
         template_str=Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"),
-        **parts.sections(facts, title),
+        **sections,
     )
     return scrub(str(card).rstrip()) + f"\n\n{MARK}\n{own_text}"
 

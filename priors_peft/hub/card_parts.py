@@ -129,7 +129,7 @@ def _purpose(facts: "Facts") -> str:
         named = "Its author's own prompts and completions" if not task.get("dataset") else "Prompts and completions"
     settings = {key: value for key, value in (task.get("task_kwargs") or {}).items() if key != "template"}
     if settings:
-        named += f" ({', '.join(f'{escape(key)} = {code(value)}' for key, value in settings.items())})"
+        named += f" ({', '.join(f'{escape(key)} = {code(public_value(value))}' for key, value in settings.items())})"
     if task.get("dataset"):
         named += f", from {_link(str(task['dataset']), 'datasets/')}"
     rows = task.get("num_train")
@@ -298,8 +298,10 @@ def _configuration(facts: "Facts") -> str:
     settings = {name: facts.config[name] for name in names if facts.config.get(name) not in (None, {})}
     if not facts.config:
         settings = {"num_virtual_tokens": facts.stock.get("num_virtual_tokens")}
-    settings |= {name: value for name, value in facts.training.settings.items() if value is not None}
+    settings |= {name: value for name, value in facts.training.settings.items() if value not in (None, False)}
     settings |= facts.training.recipe
+    if (settings.get("max_steps") or 0) > 0:
+        settings.pop("num_train_epochs", None)
     if facts.base_model:
         settings = {"model": facts.base_model} | settings
     return "\n".join(f"{name}: {literal(public_value(value))}" for name, value in settings.items())

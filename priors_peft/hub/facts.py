@@ -11,6 +11,7 @@ from typing import Any
 from ..files import write_json
 from .adapter import read_json
 from .base_model import BUNDLED, hub_id
+from .markdown import scrub
 
 
 TRAINING = "training.json"
@@ -33,7 +34,7 @@ SETTINGS = (
     "max_length",
     "max_new_tokens",
     "train_sampling_strategy",
-    "gradient_checkpointing",
+    "activation_checkpointing",
     "bf16",
     "fp16",
     "seed",
@@ -47,8 +48,6 @@ SETTINGS = (
 )
 # What evaluation logs besides a task's own figures.
 _TIMINGS = ("runtime", "per_second", "preparation_time")
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
-_REMOVED = "[removed]"
 
 
 @dataclass
@@ -114,12 +113,8 @@ def read_facts(folder: str | os.PathLike) -> TrainingFacts:
             f"format_version must be {FORMAT_VERSION} in {path}, got {values.get('format_version')!r}: update "
             "priors_peft, or delete the file for a card without it"
         )
-    empty = TrainingFacts()
-    for item in fields(TrainingFacts):
-        value, default = values.get(item.name), getattr(empty, item.name)
-        if isinstance(default, (dict, list)) and not isinstance(value, type(default)):
-            raise ValueError(f"{item.name} must be a {type(default).__name__} in {path}, got {value!r}")
-    return TrainingFacts(**{item.name: values.get(item.name) for item in fields(TrainingFacts)})
+    known = {item.name for item in fields(TrainingFacts)}
+    return TrainingFacts(**{name: value for name, value in values.items() if name in known})
 
 
 def collect_facts(
@@ -188,16 +183,6 @@ def _is_place(text: str) -> bool:
     except OSError:  # too long for a name
         exists = False
     return exists or re.match(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]|file:", text) is not None
-
-
-def scrub(text: str) -> str:
-    """`text` without Hub tokens and without this user's home folder."""
-    tokens = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")]
-    home = str(Path.home())
-    for secret in (*tokens, home):
-        if len(secret) > 4:
-            text = text.replace(secret, "~" if secret == home else _REMOVED)
-    return _TOKEN.sub(_REMOVED, text)
 
 
 def _length(rows: Any) -> int | None:

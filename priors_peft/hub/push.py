@@ -15,7 +15,8 @@ from ..files import sha256
 from ..snapshots import SNAPSHOTS
 from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, TASK_FILE
 from .card import ANALYSIS, CARD, EVALUATION, adapters_in, card_text, write_card
-from .facts import TRAINING, public_name, read_facts, scrub
+from .facts import TRAINING, public_name, read_facts
+from .markdown import scrub
 
 
 # What is shared, by name: a folder of a run also holds logs, checkpoints, a tokenizer and states with names of a machine.
