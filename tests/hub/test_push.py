@@ -228,7 +228,6 @@ def test_folders_and_tokens_of_this_machine_stay_here(tmp_path, hub, monkeypatch
     make_model().save_pretrained(place)
     folder = tmp_path / "adapter"
     model = tuned(base=str(place))
-    model.provenance["default"][0].model = str(place)
     model.save_pretrained(folder)
     write_json(folder / "analysis.json", {"base_model": str(place), "note": "hf_AbCdEfGhIjKlMnOp"})
     before = (folder / ADAPTER_CONFIG).read_bytes()
