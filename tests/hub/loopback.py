@@ -133,9 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(.+)/preupload/([^/]+)", "preupload"),
         ("POST", r"/api/models/(.+)/commit/([^/]+)", "commit"),
         ("POST", r"/api/models/(.+)/branch/([^/]+)", "branch"),
-        ("GET", r"/api/models/(.+)/tree/([^/]+)", "tree"),
+        ("GET", r"/api/models/(.+)/tree/([^/]+)(?:/(.+))?", "tree"),
         ("GET", r"/api/models/(.+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/models/(.+)", "info"),
+        ("GET", r"/api/models/([^/]+(?:/[^/]+)?)", "info"),
         ("POST", r"/(.+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/upload/(\w+)", "lfs_upload"),
         ("POST", r"/lfs/verify/(\w+)", "lfs_verify"),
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
                 with hub.lock:
-                    getattr(self, name)(*map(unquote, match.groups()))
+                    getattr(self, name)(*map(unquote, filter(None, match.groups())))
                 return
         self._answer(404, {"error": f"no such page: {request}"})
 
@@ -254,10 +254,21 @@ class _Handler(BaseHTTPRequestHandler):
             value = {"id": repo_id, "modelId": repo_id, "sha": commit.oid, "private": private, "siblings": siblings}
             self._answer(200, value | {"tags": [], "downloads": 0, "likes": 0})
 
-    def tree(self, repo_id: str, revision: str) -> None:
+    def tree(self, repo_id: str, revision: str, folder: str = "") -> None:
         commit = self._at(repo_id, revision)
-        if commit is not None:
-            self._answer(200, [_entry(path, content) for path, content in sorted(commit.files.items())])
+        if commit is None:
+            return
+        start, deep = f"{folder}/" if folder else "", "recursive=true" in self.path.lower()
+        found = {path: content for path, content in sorted(commit.files.items()) if path.startswith(start)}
+        if folder and not found:
+            self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+            return
+        inner = {start + path.removeprefix(start).split("/")[0] for path in found if "/" in path.removeprefix(start)}
+        folders = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(inner)]
+        files = [
+            _entry(path, content) for path, content in found.items() if deep or "/" not in path.removeprefix(start)
+        ]
+        self._answer(200, files + folders)
 
     # Commits
 

@@ -455,6 +455,11 @@ def test_the_loopback_hub_is_a_hub_to_the_client(hub, tmp_path):
     assert sorted(api.list_repo_files("user/thing")) == [".gitattributes", "x.safetensors", "y.txt"]
     sizes = {entry.path: entry.size for entry in api.list_repo_tree("user/thing")}
     assert sizes["x.safetensors"] == 7
+    api.upload_file(path_or_fileobj=b"z", path_in_repo="inner/z.txt", repo_id="user/thing")
+    assert [entry.path for entry in api.list_repo_tree("user/thing", "inner")] == ["inner/z.txt"]
+    assert {entry.path for entry in api.list_repo_tree("user/thing")} >= {"inner", "y.txt"}
+    with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
+        list(api.list_repo_tree("user/thing", "none"))
     assert Path(hf_hub_download("user/thing", "x.safetensors")).read_bytes() == b"weights"
     api.delete_file("y.txt", "user/thing")
     assert not api.file_exists("user/thing", "y.txt") and api.file_exists("user/thing", "x.safetensors")
