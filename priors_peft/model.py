@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -442,6 +443,32 @@ class PriorPeftModel(PeftModelForCausalLM):
                 write_card(save_directory)
             except (ValueError, OSError) as error:
                 logger.warning("The prompt was saved, but its card could not be made: %s", error)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload adapter with priors_peft",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        **card_options: Any,
+    ) -> Any:
+        """Push prompts, sidecars and card in one commit; see `priors_peft.hub.push.push_folder`."""
+        from .hub.push import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                message=commit_message,
+                again="Nothing is lost: call push_to_hub again, or save_pretrained and then `priors-peft push`",
+                **card_options,
+            )[0]
 
     @classmethod
     def from_pretrained(

@@ -153,7 +153,6 @@ def card_text(
     language: str | None = None,
     tags: list[str] | str | None = None,
     model_name: str | None = None,
-    keep: str | os.PathLike | None = None,
 ) -> str:
     """The card of an adapter's folder, front matter and all.
 
@@ -164,7 +163,6 @@ def card_text(
         language: Of the data; else what the present card says.
         tags: More tags.
         model_name: The title; else the repository's name, or what it is.
-        keep: The folder whose card's own part is kept, if another than this.
 
     Raises:
         FileNotFoundError: There is no adapter.
@@ -175,7 +173,7 @@ def card_text(
     from . import card_parts as parts
 
     facts = read_folder(folder, repo_id)
-    old_data, own_text = _kept(Path(keep or folder, CARD))
+    old_data, own_text = own_part(Path(folder, CARD))
     try:
         title = plain(model_name or (facts.repo_id or "").rpartition("/")[2] or parts.title(facts))
         data, sections = parts.front_matter(facts, title), parts.sections(facts, title)
@@ -201,8 +199,8 @@ def card_text(
     return scrub(str(card).rstrip()) + f"\n\n{MARK}\n{own_text}"
 
 
-def _kept(path: Path) -> tuple[dict[str, Any], str]:
-    """Front matter of the present card and the part of it that its author wrote."""
+def own_part(path: Path) -> tuple[dict[str, Any], str]:
+    """Front matter of a card and the part of it that its author wrote; empty where there is none."""
     from huggingface_hub import ModelCard
 
     if not path.is_file():

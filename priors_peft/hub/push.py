@@ -3,18 +3,25 @@
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
-from ..files import sha256
+from ..files import atomic_path, sha256
 from ..snapshots import SNAPSHOTS
 from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, TASK_FILE
-from .card import ANALYSIS, CARD, EVALUATION, adapters_in, card_text, write_card
+from .card import ANALYSIS, CARD, EVALUATION, MARK, adapters_in, card_text, own_part, write_card
 from .facts import TRAINING, public_name, read_facts
 from .markdown import scrub
 
@@ -47,6 +54,7 @@ def push_folder(
     revision: str | None = None,
     token: str | bool | None = None,
     message: str = "Upload adapter with priors_peft",
+    again: str | None = None,
     **card_options: Any,
 ) -> tuple[CommitInfo, bool]:
     """Push an adapter with sidecars, analysis, pictures and a fresh card in one commit.
@@ -60,6 +68,7 @@ def push_folder(
         revision: Branch, made from `main` if it is not there.
         token: Of the Hub; else the one that is stored or in HF_TOKEN.
         message: Of the commit.
+        again: How to try again after a failure, if not by `priors-peft push`.
         **card_options: `license` and the like for `card_text`.
 
     Returns:
@@ -73,8 +82,9 @@ def push_folder(
     folder = Path(folder)
     check_whole(folder)
     api = HfApi(token=token, library_name="priors_peft")
-    with explained(folder, repo_id, private, revision):
+    with explained(folder, repo_id, private, revision, again):
         repo_id = prepare_repo(api, repo_id, private, revision)
+        adopt_card(api, repo_id, revision, folder)
         facts = read_facts(folder)
         if (folder / TRAINING).is_file() and facts.repo_id != repo_id:
             facts.repo_id = repo_id
@@ -107,6 +117,24 @@ def prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str |
     if revision not in (None, constants.DEFAULT_REVISION) and not str(revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)
     return repo_id
+
+
+def adopt_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
+    """Take over what its author wrote into the card on the Hub, where the card here has no such part."""
+    path = folder / CARD
+    if own_part(path)[1].strip():
+        return
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            there = Path(api.hf_hub_download(repo_id, CARD, revision=revision, local_dir=place))
+        except EntryNotFoundError:
+            return
+        own = own_part(there)[1]
+        if own.strip():
+            here = path.read_text(encoding="utf-8") if path.is_file() else ""
+            text = here + own if MARK in here else there.read_text(encoding="utf-8")
+            with atomic_path(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 def check_whole(folder: Path) -> None:

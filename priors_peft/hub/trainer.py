@@ -18,7 +18,7 @@ from ..files import atomic_path
 from .adapter import ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS
 from .card import CARD, adapters_in, write_card
 from .facts import collect_facts, read_facts
-from .push import ADAPTER_FILES, PushError, commit, explained, files_of, prepare_repo, push_folder
+from .push import ADAPTER_FILES, PushError, adopt_card, commit, explained, files_of, prepare_repo, push_folder
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,9 @@ class HubTrainer(Trainer):
         started = hasattr(self, "state")  # in its constructor, Trainer asks for the repository first
         again = None if started else "Nothing was trained; mend it and start again, or train without push_to_hub"
         with explained(args.output_dir, name, private, args.hub_revision, again):
-            self.hub_model_id = prepare_repo(HfApi(token=token or args.hub_token), name, private, args.hub_revision)
+            api = HfApi(token=token or args.hub_token)
+            self.hub_model_id = prepare_repo(api, name, private, args.hub_revision)
+            adopt_card(api, self.hub_model_id, args.hub_revision, Path(args.output_dir))
         self.push_in_progress = None
 
     def push_to_hub(

@@ -26,6 +26,7 @@ from priors_peft.hub.base_model import BUNDLED, BUNDLED_ORIGIN
 from priors_peft.hub.card import ANALYSIS, CARD, MARK, card_text, write_card
 from priors_peft.hub.facts import TRAINING, TrainingFacts, collect_facts, read_facts
 from priors_peft.priors import prior_class, prior_names
+from priors_peft.tasks import load_task
 
 
 SHORT = ["--max_steps", "4", "--use_cpu", "--num_virtual_tokens", "4", "--disable_tqdm", "true", "--seed", "3"]
@@ -107,6 +108,9 @@ def test_the_initial_prompts_results_are_those_before_training(tmp_path):
     trainer.evaluate(rows[4:])  # other rows' figures are not the prompt's on its own
     assert read_facts(tmp_path).results == {"default": {"loss": after}}
     assert figures(ModelCard.load(tmp_path / CARD))["nll"] == pytest.approx(after, abs=1e-5)
+    trainer.train()
+    trainer.save_model()
+    assert read_facts(tmp_path).results == {}  # they were another prompt's
 
 
 def test_of_the_best_model_the_best_steps_results_are_told(tmp_path):
@@ -342,6 +346,21 @@ def test_data_sets_that_rows_were_loaded_from_are_named(tmp_path):
     trainer = PriorTrainer(model, args, rows, processing_class=tokenizer)
     trainer.save_model()
     assert ModelCard.load(tmp_path / CARD).data.datasets == ["user/sums"]
+
+
+def test_a_task_on_the_hub_is_named_by_its_data_set_and_template(adapter, hub, tmp_path):
+    facts = {"task": "superglue:rte", "dataset": "aps/super_glue", "template": "{premise}\nAnswer:", "num_train": 2490}
+    write_json(adapter / TASK_FILE, facts | {"description": "Decide.", "task_kwargs": {"subtask": "rte"}})
+    write_card(adapter)
+    card = ModelCard.load(adapter / CARD)
+    card.validate()
+    (result,) = {(each.dataset_type, each.dataset_name, each.dataset_config) for each in card.data.eval_results}
+    assert result == ("aps/super_glue", "superglue:rte", "rte") and card.data.datasets == ["aps/super_glue"]
+    assert "{premise}⏎Answer:" in card.text and "2,490 training rows" in card.text and "Decide." in card.text
+    assert 'tokenizer("{premise}\\nAnswer:"' in card.text
+    (tmp_path / "prompts.csv").write_text("act,prompt\n" + "".join(f"role {n},do {n}\n" for n in range(20)))
+    task = load_task("prompts", data_dir=str(tmp_path))
+    assert task.template == "Act: {act}\nPrompt:" and task.dataset is None
 
 
 def test_a_checkpoint_is_a_whole_adapter_with_its_card(trained):

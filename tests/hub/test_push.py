@@ -16,6 +16,7 @@ import torch
 from conftest import addition_rows, make_model, make_tokenizer
 from hub.loopback import TOKEN
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from peft import PeftModel
 
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.cli import main
@@ -95,6 +96,31 @@ def test_a_push_without_changes_is_no_commit_and_one_with_sends_only_them(adapte
     assert main(command) == 0
     assert len(hub.commits("user/adapter")) == 2 and hub.counted("PUT") == uploads
     assert hub.files("user/adapter")[CARD].decode().endswith(f"{MARK}\nA note.\n")
+
+
+@pytest.mark.parametrize("there", ["mine\n", None])
+def test_what_its_author_wrote_on_the_hub_is_taken_over(there, adapter, hub):
+    push_folder(adapter, "user/adapter")
+    files = hub.repos["user/adapter"].at("main").files
+    text = files[CARD] + b"mine\n" if there else b"---\nlicense: mit\n---\nmine\n"
+    hub.commit("user/adapter", "main", "on the web", files | {CARD: text})
+    push_folder(adapter, "user/adapter")
+    assert (adapter / CARD).read_text().partition(MARK)[2].strip() == "mine"
+    assert hub.files("user/adapter")[CARD] == (adapter / CARD).read_bytes()
+    tuned(seed=3).push_to_hub("user/adapter")
+    assert hub.files("user/adapter")[CARD].decode().partition(MARK)[2].strip() == "mine"
+
+
+def test_a_model_pushes_itself(hub):
+    model = tuned()
+    model.push_to_hub("user/adapter", private=True, license="mit", commit_message="all of it")
+    assert set(hub.files("user/adapter")) == CORE and hub.commits("user/adapter") == ["all of it"]
+    assert ModelCard(hub.files("user/adapter")[CARD].decode()).data.license == "mit"
+    again = PriorPeftModel.from_pretrained(make_model(), "user/adapter")
+    assert torch.equal(again(input_ids=ids()).logits, model.eval()(input_ids=ids()).logits)
+    hub.fail("/commit/", 500)
+    with pytest.raises(PushError, match="the Hub answered 500.* call push_to_hub again"):
+        tuned(seed=1).push_to_hub("user/adapter")
 
 
 FAULTS = {
@@ -437,6 +463,32 @@ def test_the_train_command_pushes_once_with_its_results(tmp_path, hub):
     files = hub.files("user/sums")
     assert "task.json" in files and ModelCard(files[CARD].decode()).data.eval_results
     assert str(tmp_path).encode() not in b"".join(files.values())
+
+
+# What the documentation says
+
+DOCS = "".join((Path(__file__).parents[2] / name).read_text(encoding="utf-8") for name in ("README.md", "docs/hub.md"))
+
+
+@pytest.mark.parametrize("line", re.findall(r"^priors-peft (?:push|card) .*$", DOCS, re.MULTILINE))
+def test_commands_in_the_documentation_are_the_commands(line, tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuned().save_pretrained("outputs/mine")
+    assert main(shlex.split(line, comments=True)[1:]) == 0
+
+
+def test_python_in_the_documentation_runs(adapter, tmp_path, hub):
+    push_folder(adapter, "user/mine", revision="v2")
+    push_folder(adapter, "user/mine")
+    for name, seed in (("a", 1), ("b", 2)):
+        tuned(seed=seed).push_to_hub(f"user/{name}")
+    names = {"trainer": make_trainer(tmp_path / "mine"), "base": make_model(), "PriorConfig": PriorConfig}
+    names |= {"PeftModel": PeftModel, "PriorPeftModel": PriorPeftModel}
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/hub.md").read_text(), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and type(names["model"]) is not PriorPeftModel
+    assert len(get_prior_model(make_model(), names["config"]).prompt_encoder) == 1
 
 
 # The Hub itself
