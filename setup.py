@@ -31,6 +31,7 @@ extras["dev"] = [
     "ruff>=0.14",
     "mypy>=1.18",
     "types-PyYAML",
+    "hypothesis>=6.170",
     "playwright>=1.50",
     *extras["demo"],
     *extras["analysis"],

@@ -16,6 +16,7 @@ _LOCATIONS = {
     "PriorTrainingArguments": "trainer",
     "PriorCallback": "callback",
     "load_base_model": "hub.base_model",
+    "pipeline": "hub.loading",
 }
 __all__ = [
     "PriorCallback",
@@ -26,12 +27,14 @@ __all__ = [
     "PriorTrainingArguments",
     "get_prior_model",
     "load_base_model",
+    "pipeline",
 ]
 
 if TYPE_CHECKING:
     from .callback import PriorCallback
     from .config import PriorConfig
     from .hub.base_model import load_base_model
+    from .hub.loading import pipeline
     from .model import PriorPeftModel, get_prior_model
     from .prompt import PriorPromptEncoder
     from .trainer import PriorTrainer, PriorTrainingArguments

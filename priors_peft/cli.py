@@ -13,6 +13,7 @@ COMMANDS = {
     "transfer": "measure every prompt on every task, and whether similar prompts transfer better",
     "card": "make an adapter's model card again from what lies in its folder",
     "push": "push an adapter with its sidecars, analysis and card to the Hub, in one commit",
+    "export": "write an adapter for other tools: stock PEFT, plain transformers, vLLM",
     "doctor": "print versions, the device, and what a model supports",
 }
 

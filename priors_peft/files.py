@@ -31,6 +31,30 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` on success; on any error nothing is left of it.
+
+    Raises:
+        FileExistsError: `folder` exists and is not an empty folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"out must not exist or be an empty folder, got {str(folder)!r}, where something is")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~umask)
+        for path in temporary.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def cache_dir() -> Path:
     """Folder of what is made once and kept: `PRIORS_PEFT_CACHE`, or `~/.cache/priors_peft`."""
     return Path(os.environ.get("PRIORS_PEFT_CACHE") or "~/.cache/priors_peft").expanduser()

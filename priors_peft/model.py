@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,7 +188,9 @@ class PriorPeftModel(PeftModelForCausalLM):
         config.num_attention_heads = text_config.num_attention_heads
         config.num_transformer_submodules = 1
         config.task_type = config.task_type or "CAUSAL_LM"
-        config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.name_or_path or None
+        name = config.base_model_name_or_path or self.base_model.name_or_path or None
+        # A path that leads out of a folder means nothing to who loads the adapter from elsewhere, and is refused there.
+        config.base_model_name_or_path = os.path.abspath(name) if name and ".." in Path(name).parts else name
         config.revision = config.revision or getattr(self.base_model.config, "_commit_hash", None)
         json.dumps(config.to_dict())  # what can't be saved is found out now and not after training
         return layers

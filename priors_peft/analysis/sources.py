@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..config import PriorConfig
 from ..fitting import new_encoder
-from ..hub.adapter import ADAPTER_CONFIG, PRIOR_CONFIG, SavedAdapter, fetch_file, read_adapter, read_json
+from ..hub.adapter import ADAPTER_CONFIG, PRIOR_CONFIG, SavedAdapter, read_adapter
+from ..hub.reading import fetch_file, read_json
 from ..priors import Prior
 from ..snapshots import SNAPSHOTS, read_snapshots
 

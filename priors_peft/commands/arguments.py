@@ -102,7 +102,8 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
         dataclasses: Whose fields the flags and the recipe's keys are.
         arguments: The command line.
         prog: The command's name, for its help.
-        positional: Names of the arguments that come first; a last one that ends in `...` is one or more.
+        positional: Names of the arguments that have no flag, before the flags or after them; a last one that ends in `...`
+            is one or more.
 
     Returns:
         One value for each positional argument (a list for `...`), then one object for each dataclass.
@@ -111,7 +112,7 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
         ValueError: The recipe is no mapping, or has a key that is no flag; its line is named.
     """
     names = ", ".join(name.upper() for name in positional)
-    usage = " ".join(filter(None, [prog, names, "[RECIPE.yaml] [--FLAG VALUE ...]"]))
+    usage = " ".join(filter(None, [prog, names.replace(",", ""), "[RECIPE.yaml] [--FLAG VALUE ...]"]))
     parser = HfArgumentParser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)
     words = []
     while arguments and not arguments[0].startswith("-"):
@@ -125,11 +126,13 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     if recipes:
         parser.set_defaults(**read_recipe(recipes[0], known))
     *objects, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    while rest and len(values) < len(positional) and not rest[0].startswith("-"):
+        values.append(rest.pop(0))
     if rest:
         raise ValueError(f"{rest[0]!r} is no flag{_nearest(rest[0].lstrip('-').replace('-', '_'), known)}")
     many = bool(positional) and positional[-1].endswith("...")
     if len(values) != len(positional) and not (many and len(values) > len(positional)):
-        raise ValueError(f"{names or 'no positional argument'} must be given before the flags, got {values}")
+        raise ValueError(f"{names or 'no positional argument'} must be given, got {values}")
     if many:
         return [*values[: len(positional) - 1], values[len(positional) - 1 :], *objects]
     return [*values, *objects]

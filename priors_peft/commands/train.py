@@ -200,13 +200,18 @@ def base_model_from(arguments: ModelArguments, device: Any = None) -> tuple[Any,
     """The base model and tokenizer that the flags name; a Trainer moves the model itself."""
     if not arguments.model:
         raise ValueError("model must be given: a Hub id, a folder, or bundled:smollm2-135m")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
-    if arguments.dtype not in dtypes:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {arguments.dtype!r}")
     return load_base_model(
         arguments.model,
-        dtype=dtypes[arguments.dtype],
+        dtype=dtype_from(arguments.dtype),
         device=device,
         revision=arguments.model_revision,
         trust_remote_code=arguments.trust_remote_code,
     )
+
+
+def dtype_from(name: str | None) -> torch.dtype | None:
+    """The type of weights that a flag names."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    return dtypes[name]

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +19,7 @@ from ..passes import Prompt, prompt_pass
 from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
+from .reading import check_sound, fetch_file, read_json, read_tensors, required
 
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ PRIOR_CONFIG, PRIOR_WEIGHTS = "prior_config.json", "prior.safetensors"
 TASK_FILE = "task.json"
 FORMAT_VERSION = 1
 PACKAGES = ("priors_peft", "torch", "transformers", "peft")
+# What PyTorch and Python say of tensors and fields that don't belong together.
+_MISMATCHES = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
 # Saving
@@ -61,8 +62,16 @@ def save_adapters(
 
 
 @torch.no_grad()
-def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights with which stock PEFT gives the same model: θ if soft, its key/value cache if deep."""
+def stock_adapter(
+    model: "PriorPeftModel", name: str, as_prefix: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights with which stock PEFT gives the same model.
+
+    θ if soft (`PROMPT_TUNING`), its key/value cache if deep or `as_prefix` (`PREFIX_TUNING`).
+
+    Raises:
+        ValueError: The prompt is not finite, or stock PEFT can't hold the model's cache.
+    """
     config = model.peft_config[name]
     prompt = model.prompt(name)
     if not torch.isfinite(prompt.theta).all():
@@ -76,7 +85,7 @@ def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], d
         "revision": config.revision,
         "inference_mode": True,
     }
-    if config.tuning == "soft":
+    if config.tuning == "soft" and not as_prefix:
         heads = config.num_attention_heads
         stock = PromptTuningConfig(**shared, token_dim=config.token_dim, num_attention_heads=heads)
         weights = prompt.theta[0]
@@ -87,8 +96,9 @@ def stock_adapter(model: "PriorPeftModel", name: str) -> tuple[dict[str, Any], d
         }
         if len(shapes) > 1 or len(cache.layers) != config.num_layers or shapes.copy().pop()[2] != prompt.length:
             raise ValueError(
-                f"tuning must be soft for {type(model.base_model).__name__}: stock PREFIX_TUNING can't hold layers of "
-                f"different key/value shapes, got {sorted(shapes)}"
+                f"tuning must be soft{', and the format not prefix,' if as_prefix else ''} for "
+                f"{type(model.base_model).__name__}: stock PREFIX_TUNING can't hold layers of different key/value "
+                f"shapes, got {sorted(shapes)}"
             )
         _, heads, _, width = shapes.pop()
         # PEFT's layout: layer l's key in slot 2l, its value in slot 2l + 1, each [P, heads, width].
@@ -201,6 +211,10 @@ class SavedAdapter:
                 f"the adapter must fit the base model: it was trained on {self.config.num_layers} layers, the model "
                 f"has {layers}. It was trained on {self.config.base_model_name_or_path or 'an unnamed model'}"
             )
+        if len(self.config.selected_layers(layers)) != len(self.prompt):
+            raise ValueError(
+                f"the adapter must hold a prompt for each of its layers {self.config.layers!r}, got {len(self.prompt)}"
+            )
 
 
 def read_adapter(
@@ -216,44 +230,49 @@ def read_adapter(
 
     Raises:
         FileNotFoundError: There is no adapter.
-        ValueError: A file is damaged, or it is not a soft or deep prompt.
+        ValueError: A file is damaged or unsound, or it is not a soft or deep prompt; the message names the file.
     """
-    stock = read_json(_required(model_id, ADAPTER_CONFIG, hub_arguments))
-    weights_path = _required(model_id, ADAPTER_WEIGHTS, hub_arguments)
+    stock_path = required(model_id, ADAPTER_CONFIG, hub_arguments)
+    from_hub = not Path(model_id, hub_arguments.get("subfolder") or "").is_dir()
+    stock = read_json(stock_path)
+    check_sound(stock, stock_path, from_hub)
+    weights_path = required(model_id, ADAPTER_WEIGHTS, hub_arguments)
     prior_config = fetch_file(model_id, PRIOR_CONFIG, hub_arguments)
     if prior_config is None:
-        return _from_stock(stock, weights_path, is_trainable)
+        return _from_stock(stock, stock_path, weights_path, is_trainable)
     described = read_json(prior_config)
-    prior_path = _required(model_id, PRIOR_WEIGHTS, hub_arguments)
+    prior_path = required(model_id, PRIOR_WEIGHTS, hub_arguments)
     if described.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"format_version must be {FORMAT_VERSION} in {prior_config}, got {described.get('format_version')!r}: "
             "update priors_peft"
         )
+    hashes = described.get("sha256")
     for path in (weights_path, prior_path):
-        if described.get("sha256", {}).get(path.name) != sha256(path):
+        if not isinstance(hashes, dict) or hashes.get(path.name) != sha256(path):
             raise ValueError(
                 f"{path} is damaged or was changed after it was saved (its SHA-256 is not the one in {PRIOR_CONFIG}). "
                 f"Fetch it again; to use {ADAPTER_WEIGHTS} as it is, delete {PRIOR_CONFIG} and {PRIOR_WEIGHTS}"
             )
     own = None if config is None or isinstance(config.prior, str) else config.prior
-    saved = _config_from(described, prior_config, own)
-    family = saved.prior
+    saved = _config_from(described, prior_config, own, from_hub)
+    family, coordinates = saved.prior, saved.coordinates
     if config is not None:
         saved = _overridden(saved, config)
     saved.inference_mode = not is_trainable
-    state = _read_tensors(prior_path)
+    state = read_tensors(prior_path)
     try:
-        count = len(state["prompt"])
-        priors = [_prior(family, saved, state, index) for index in range(count)]
-        coordinate = state["coordinate"] if saved.coordinates == described["config"]["coordinates"] else None
-        expected = (count, saved.num_virtual_tokens, saved.token_dim)
+        expected = (len(state["prompt"]), saved.num_virtual_tokens, saved.token_dim)
         for name in ("prompt", "coordinate", "initial_prompt"):
-            if tuple(state[name].shape) != expected:
-                raise ValueError(f"{name} in {prior_path} must have shape {expected}, got {tuple(state[name].shape)}")
+            if tuple(state[name].shape) != expected or not torch.isfinite(state[name].float()).all():
+                raise ValueError(f"{name} must be finite and have shape {expected}, got {tuple(state[name].shape)}")
+        if saved.num_layers is not None and len(saved.selected_layers(saved.num_layers)) != expected[0]:
+            raise ValueError(f"layers must be as many as the prompt's {expected[0]}, got {saved.layers!r}")
+        priors = [_prior(family, saved, state, index) for index in range(expected[0])]
         provenance = [Provenance(**entry) for entry in described.get("reference", [])]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{prior_path} and {prior_config} must belong together, got a mismatch at {error}") from error
+    except _MISMATCHES as error:
+        raise ValueError(f"{prior_path} and {prior_config} must belong together, got: {error}") from error
+    coordinate = state["coordinate"] if saved.coordinates == coordinates else None
     return SavedAdapter(saved, provenance, priors, state["prompt"], state["initial_prompt"], coordinate)
 
 
@@ -273,11 +292,12 @@ def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: in
     return prior_class(family).from_state_dict(own)
 
 
-def _config_from(described: dict[str, Any], path: Path, own: Any | None) -> PriorConfig:
+def _config_from(described: dict[str, Any], path: Path, own: Any | None, from_hub: bool) -> PriorConfig:
     values = described.get("config")
     known = {field.name for field in fields(PriorConfig)} - {"peft_type", "peft_version", "auto_mapping"}
     if not isinstance(values, dict):
         raise ValueError(f"config must be an object in {path}, got {type(values).__name__}")
+    check_sound(values, path, from_hub)
     values = {key: value for key, value in values.items() if key in known}
     # What the prior was fitted on is known by its provenance; it is not needed again.
     values |= {"reference": "adapters" if values.get("prior") == "empirical" else "vocabulary", "reference_kwargs": {}}
@@ -305,74 +325,34 @@ def _overridden(saved: PriorConfig, config: PriorConfig) -> PriorConfig:
     return saved
 
 
-def _from_stock(stock: dict[str, Any], weights_path: Path, is_trainable: bool) -> SavedAdapter:
+def _from_stock(stock: dict[str, Any], stock_path: Path, weights_path: Path, is_trainable: bool) -> SavedAdapter:
     """A soft prompt saved by stock PEFT: no prior is known, so none is used."""
     if stock.get("peft_type") != "PROMPT_TUNING":
         raise ValueError(
-            f"peft_type must be PROMPT_TUNING where there is no {PRIOR_CONFIG}, got {stock.get('peft_type')!r}: "
-            "load it with peft.PeftModel"
+            f"peft_type must be PROMPT_TUNING in {stock_path}, where there is no {PRIOR_CONFIG}, got "
+            f"{stock.get('peft_type')!r}: load it with peft.PeftModel"
         )
-    tensors = _read_tensors(weights_path)
+    tensors = read_tensors(weights_path)
     prompt = tensors.get("prompt_embeddings")
-    if prompt is None or prompt.ndim != 2:
-        raise ValueError(f"{weights_path} must hold prompt_embeddings of shape [P, d], got {list(tensors)}")
+    if prompt is None or prompt.ndim != 2 or not prompt.numel() or not torch.isfinite(prompt.float()).all():
+        raise ValueError(
+            f"{weights_path} must hold prompt_embeddings of shape [P, d], all finite, got "
+            f"{ {name: tuple(tensor.shape) for name, tensor in tensors.items()} }"
+        )
     prompt = prompt.float()
     prior = GaussianPrior(prompt.mean(0), prompt.std(correction=0).clamp_min(1e-6).expand(prompt.shape[1]).clone())
-    config = PriorConfig(
-        task_type=stock.get("task_type") or "CAUSAL_LM",
-        num_virtual_tokens=len(prompt),
-        token_dim=prompt.shape[1],
-        base_model_name_or_path=stock.get("base_model_name_or_path"),
-        revision=stock.get("revision"),
-        prior="gaussian",
-        coordinates="plain",
-        prior_weight=0.0,
-        inference_mode=not is_trainable,
-    )
+    try:
+        config = PriorConfig(
+            task_type=stock.get("task_type") or "CAUSAL_LM",
+            num_virtual_tokens=len(prompt),
+            token_dim=prompt.shape[1],
+            base_model_name_or_path=stock.get("base_model_name_or_path"),
+            revision=stock.get("revision"),
+            prior="gaussian",
+            coordinates="plain",
+            prior_weight=0.0,
+            inference_mode=not is_trainable,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{stock_path} must hold a valid configuration, got: {error}") from error
     return SavedAdapter(config, [], [prior], prompt[None], prompt[None].clone())
-
-
-def fetch_file(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path | None:
-    """Local path of one file of an adapter, or None if the adapter exists without it."""
-    folder = Path(model_id, hub_arguments.get("subfolder") or "")
-    if folder.is_dir():
-        return folder / filename if (folder / filename).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(model_id), filename, **hub_arguments))
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"model_id must be a local folder or reachable on the Hub, got {str(model_id)!r}, which is neither here "
-            f"nor in the cache, and the Hub can't be reached for {filename}"
-        ) from error
-    except HFValidationError as error:
-        raise FileNotFoundError(f"model_id must be an existing folder or a Hub id, got {str(model_id)!r}") from error
-    except EntryNotFoundError:
-        return None
-
-
-def _required(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path:
-    path = fetch_file(model_id, filename, hub_arguments)
-    if path is None:
-        raise FileNotFoundError(f"model_id must be an adapter, got {str(model_id)!r}, which has no {filename}")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object, or `ValueError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error

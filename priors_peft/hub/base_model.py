@@ -70,6 +70,8 @@ def load_base_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
@@ -80,6 +82,8 @@ def load_base_model(
             the dtype for the accelerator if there is one (and `ACCELERATE_USE_CPU` is not set).
         revision: Branch, tag or commit, for a Hub id only.
         trust_remote_code: Allow a Hub model to run its own code.
+        token: For the Hub; by default the one that `hf auth login` stored.
+        cache_dir: Of the Hub's files.
 
     Raises:
         OSError: If a Hub model is neither in the cache nor within reach.
@@ -93,7 +97,12 @@ def load_base_model(
         raise ValueError(f"revision is for models on the Hub, got {revision!r} with model={name!r}. Leave it out")
     if dtype is None:
         dtype = torch.float32 if _runs_on_cpu(device) else "auto"
-    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    options = {
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+        "token": token,
+        "cache_dir": cache_dir,
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
