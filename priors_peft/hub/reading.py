@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,19 +98,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file, which stay on the disk.
-
-    Raises:
-        ValueError: It is not a whole safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} must be a whole safetensors file, got: {error}") from error
 
 
