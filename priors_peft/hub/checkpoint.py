@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What a base model's folder has that belongs into the new one as it is, beside what is written anew.
 _COPIED = ("*.py", "*.model", "LICENSE*", "NOTICE*")
-_NEEDED = ("*.json", "*.jinja", "*.txt", "*.safetensors", *_COPIED)
+_NEEDED = ("*.json", "*.jinja", "*.txt", "model*.safetensors", *_COPIED)
 _ELSEWHERE = "export to peft, prefix or prompt-embeds instead"
 # Logit of a virtual token where the head has a bias: no softmax in any float type gives it a probability.
 _NEVER = -1e4
@@ -39,16 +40,13 @@ class _Vocabulary:
 
     Args:
         embedding: Name of the input embeddings in the model.
-        head: Name of the head's weight in the model, and of its bias if it has one.
-        scale: What the embedding layer multiplies its rows by.
-        token_types: Whether the model takes `token_type_ids`.
+        head: Name of the head's weight.
+        bias: Name of the head's bias, if it has one.
     """
 
     embedding: str
     head: str
     bias: str | None
-    scale: float
-    token_types: bool
 
 
 def write_checkpoint(
@@ -79,7 +77,8 @@ def write_checkpoint(
     options = {"trust_remote_code": trust_remote_code}
     with _base_folder(folder, base_model, revision, trust_remote_code) as base:
         config = AutoConfig.from_pretrained(base, **options)
-        vocabulary = _vocabulary(config, trust_remote_code)
+        model = _skeleton(config, trust_remote_code)
+        vocabulary = _vocabulary(model)
         shards = _shards(base)
         embedding = _key(shards, vocabulary.embedding)
         if embedding is None:
@@ -87,15 +86,18 @@ def write_checkpoint(
                 f"{base_model!r} must keep its input embeddings as {vocabulary.embedding} in safetensors, got none of "
                 f"that name: {_ELSEWHERE}"
             )
-        rows, width = _shape(base / shards[embedding], embedding)
+        (rows, width), dtype = _kind(base / shards[embedding], embedding)
         if width != prompt.shape[1]:
             raise ValueError(f"the prompt must have the base model's {width} dimensions, got {prompt.shape[1]}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"embeddings must be floating point to hold a prompt, got {dtype}: {_ELSEWHERE}")
+        new = (prompt / _scale(model, dtype)).to(dtype)
 
         text_config = config.get_text_config()
         config.save_pretrained(folder)  # the tokenizer's class is found by the model's type
-        ids = save_prompted_tokenizer(
-            AutoTokenizer.from_pretrained(base, **options), len(prompt), folder, vocabulary.token_types
-        )
+        takes_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        ids = save_prompted_tokenizer(tokenizer, len(prompt), folder, takes_token_types)
         if ids[0] > rows:
             raise ValueError(f"the tokenizer must have at most the embeddings' {rows} entries, got {ids[0]}")
         if config is not text_config and getattr(config, "vocab_size", None) == text_config.vocab_size:
@@ -103,9 +105,11 @@ def write_checkpoint(
         text_config.vocab_size = max(rows, ids[-1] + 1)
         config.save_pretrained(folder)
 
-        changes = {embedding: lambda old: _with_rows(old, ids, (prompt / vocabulary.scale).to(old.dtype))}
+        changes: dict[str, Callable[[Tensor], Tensor]] = {embedding: lambda old: _with_rows(old, ids, new)}
         head, bias = _key(shards, vocabulary.head), vocabulary.bias and _key(shards, vocabulary.bias)
-        if head is not None and head != embedding:
+        if head is not None and getattr(config, "tie_word_embeddings", False):
+            changes[head] = changes[embedding]  # a copy that some checkpoints keep
+        elif head is not None:
             changes[head] = lambda old: _with_rows(old, ids, old[: ids[0]].mean(0, dtype=torch.float32).to(old.dtype))
         if bias:
             changes[bias] = lambda old: _with_rows(old, ids, torch.tensor(_NEVER, dtype=old.dtype))
@@ -145,40 +149,46 @@ def _base_folder(folder: Path, name: str, revision: str | None, trust_remote_cod
         shutil.rmtree(saved, ignore_errors=True)
 
 
-def _vocabulary(config: Any, trust_remote_code: bool) -> _Vocabulary:
-    """What of a model depends on its vocabulary, from a model without weights.
-
-    Raises:
-        ValueError: The prompt can't be rows of its embeddings.
-    """
-    import inspect
-
+def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """The model without weights."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _vocabulary(model: Any) -> _Vocabulary:
+    """Where a model's weights depend on its vocabulary."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    kind = type(model).__name__
-    if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):
-        raise ValueError(f"to must not be checkpoint for {kind}, which embeds tokens at every layer: {_ELSEWHERE}")
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    # The layer itself tells what it makes of its rows: some architectures scale them.
-    probe = torch.randn(2, embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    embedding.weight = nn.Parameter(probe, requires_grad=False)
-    embedding.padding_idx = None
-    with torch.no_grad():
-        made = embedding(torch.arange(2))
-    scale = (made / probe).mean().item()
-    if not torch.allclose(made, probe * scale, rtol=1e-5) or scale == 0:
-        raise ValueError(f"to must not be checkpoint for {kind}, which transforms its embeddings: {_ELSEWHERE}")
     return _Vocabulary(
         embedding=f"{names[id(embedding)]}.weight",
         head=f"{names[id(head)]}.weight",
         bias=f"{names[id(head)]}.bias" if getattr(head, "bias", None) is not None else None,
-        scale=scale,
-        token_types="token_type_ids" in inspect.signature(model.forward).parameters,
     )
+
+
+def _scale(model: Any, dtype: torch.dtype) -> float:
+    """What a model's embedding layer multiplies its rows by where they are of `dtype`.
+
+    The layer itself is asked: some architectures scale, and round the scale to the type.
+
+    Raises:
+        ValueError: The prompt can't be rows of its embeddings.
+    """
+    kind, embedding = type(model).__name__, model.get_input_embeddings()
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise ValueError(f"to must not be checkpoint for {kind}, which embeds tokens at every layer: {_ELSEWHERE}")
+    probe = torch.tensor([[1.0], [2.0]]).expand(2, embedding.weight.shape[1]).to(dtype)
+    embedding.weight = nn.Parameter(probe.clone(), requires_grad=False)
+    embedding.padding_idx = None
+    with torch.no_grad():
+        made = embedding(torch.arange(2))
+    scale = made[0, 0].item()
+    if scale == 0 or not torch.equal(made, probe * scale):
+        raise ValueError(f"to must not be checkpoint for {kind}, which transforms its embeddings: {_ELSEWHERE}")
+    return scale
 
 
 def _shards(base: Path) -> dict[str, str]:
@@ -198,15 +208,15 @@ def _key(shards: dict[str, str], name: str) -> str | None:
     return found[0] if len(found) == 1 else name if name in found else None
 
 
-def _shape(path: Path, key: str) -> tuple[int, ...]:
+def _kind(path: Path, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a tensor, of which one row is read."""
     with safe_open(path, framework="pt") as file:
-        return tuple(file.get_slice(key).get_shape())
+        part = file.get_slice(key)
+        return tuple(part.get_shape()), part[0:1].dtype
 
 
 def _with_rows(old: Tensor, ids: list[int], new: Tensor) -> Tensor:
     """`old` `[V, ...]` with `new` in its rows `ids`; longer where they lie past its end."""
-    if not old.dtype.is_floating_point:
-        raise ValueError(f"embeddings must be floating point to hold a prompt, got {old.dtype}: {_ELSEWHERE}")
     rows = old.new_zeros(max(len(old), ids[-1] + 1), *old.shape[1:])
     rows[: len(old)] = old
     rows[ids] = new
