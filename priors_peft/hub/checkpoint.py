@@ -105,14 +105,8 @@ def write_checkpoint(
         text_config.vocab_size = max(rows, ids[-1] + 1)
         config.save_pretrained(folder)
 
-        changes: dict[str, Callable[[Tensor], Tensor]] = {embedding: lambda old: _with_rows(old, ids, new)}
-        head, bias = _key(shards, vocabulary.head), vocabulary.bias and _key(shards, vocabulary.bias)
-        if head is not None and getattr(config, "tie_word_embeddings", False):
-            changes[head] = changes[embedding]  # a copy that some checkpoints keep
-        elif head is not None:
-            changes[head] = lambda old: _with_rows(old, ids, old[: ids[0]].mean(0, dtype=torch.float32).to(old.dtype))
-        if bias:
-            changes[bias] = lambda old: _with_rows(old, ids, torch.tensor(_NEVER, dtype=old.dtype))
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        changes = _changes(vocabulary, shards, embedding, ids, new, tied)
         _write_shards(base, folder, shards, changes)
         _write_generation_config(base, folder, config, ids)
         for pattern in _COPIED:
@@ -206,6 +200,21 @@ def _key(shards: dict[str, str], name: str) -> str | None:
     """A parameter's name in a checkpoint, which may have been saved with or without the head around it."""
     found = [key for key in shards if key == name or name.endswith(f".{key}") or key.endswith(f".{name}")]
     return found[0] if len(found) == 1 else name if name in found else None
+
+
+def _changes(
+    vocabulary: _Vocabulary, shards: dict[str, str], embedding: str, ids: list[int], new: Tensor, tied: bool
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What becomes of each tensor that depends on the vocabulary."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {embedding: lambda old: _with_rows(old, ids, new)}
+    head, bias = _key(shards, vocabulary.head), vocabulary.bias and _key(shards, vocabulary.bias)
+    if head is not None and tied:
+        changes[head] = changes[embedding]  # a copy that some checkpoints keep
+    elif head is not None:
+        changes[head] = lambda old: _with_rows(old, ids, old[: ids[0]].mean(0, dtype=torch.float32).to(old.dtype))
+    if bias:
+        changes[bias] = lambda old: _with_rows(old, ids, torch.tensor(_NEVER, dtype=old.dtype))
+    return changes
 
 
 def _kind(path: Path, key: str) -> tuple[tuple[int, ...], torch.dtype]:
