@@ -247,13 +247,7 @@ def read_adapter(
             f"format_version must be {FORMAT_VERSION} in {prior_config}, got {described.get('format_version')!r}: "
             "update priors_peft"
         )
-    hashes = described.get("sha256")
-    for path in (weights_path, prior_path):
-        if not isinstance(hashes, dict) or hashes.get(path.name) != sha256(path):
-            raise ValueError(
-                f"{path} is damaged or was changed after it was saved (its SHA-256 is not the one in {PRIOR_CONFIG}). "
-                f"Fetch it again; to use {ADAPTER_WEIGHTS} as it is, delete {PRIOR_CONFIG} and {PRIOR_WEIGHTS}"
-            )
+    _check_hashes(described, weights_path, prior_path)
     own = None if config is None or isinstance(config.prior, str) else config.prior
     saved = _config_from(described, prior_config, own, from_hub)
     family, coordinates = saved.prior, saved.coordinates
@@ -262,13 +256,7 @@ def read_adapter(
     saved.inference_mode = not is_trainable
     state = read_tensors(prior_path)
     try:
-        expected = (len(state["prompt"]), saved.num_virtual_tokens, saved.token_dim)
-        for name in ("prompt", "coordinate", "initial_prompt"):
-            if tuple(state[name].shape) != expected or not torch.isfinite(state[name].float()).all():
-                raise ValueError(f"{name} must be finite and have shape {expected}, got {tuple(state[name].shape)}")
-        if saved.num_layers is not None and len(saved.selected_layers(saved.num_layers)) != expected[0]:
-            raise ValueError(f"layers must be as many as the prompt's {expected[0]}, got {saved.layers!r}")
-        priors = [_prior(family, saved, state, index) for index in range(expected[0])]
+        priors = _checked_priors(family, saved, state)
         provenance = [Provenance(**entry) for entry in described.get("reference", [])]
     except _MISMATCHES as error:
         raise ValueError(f"{prior_path} and {prior_config} must belong together, got: {error}") from error
@@ -280,6 +268,31 @@ def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, An
     """What an adapter was trained on, as `priors-peft train` leaves it in `task.json`; None if it is not said."""
     path = fetch_file(model_id, TASK_FILE, hub_arguments)
     return None if path is None else read_json(path)
+
+
+def _check_hashes(described: dict[str, Any], *paths: Path) -> None:
+    hashes = described.get("sha256")
+    for path in paths:
+        if not isinstance(hashes, dict) or hashes.get(path.name) != sha256(path):
+            raise ValueError(
+                f"{path} is damaged or was changed after it was saved (its SHA-256 is not the one in {PRIOR_CONFIG}). "
+                f"Fetch it again; to use {ADAPTER_WEIGHTS} as it is, delete {PRIOR_CONFIG} and {PRIOR_WEIGHTS}"
+            )
+
+
+def _checked_priors(family: str, config: PriorConfig, state: dict[str, Tensor]) -> list[Prior]:
+    """The prior of each layer, once it is known that all tensors agree with each other and with the configuration."""
+    expected = (len(state["prompt"]), config.num_virtual_tokens, config.token_dim)
+    for name in ("prompt", "coordinate", "initial_prompt"):
+        if tuple(state[name].shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(state[name].shape)}")
+    if config.num_layers is not None and len(config.selected_layers(config.num_layers)) != expected[0]:
+        raise ValueError(f"layers must be as many as the prompt's {expected[0]}, got {config.layers!r}")
+    priors = [_prior(family, config, state, index) for index in range(expected[0])]
+    for prior, prompt, values in zip(priors, state["prompt"], state["coordinate"], strict=True):
+        if not torch.isfinite(torch.cat([prompt, prior.to_prompt(values)])).all():
+            raise ValueError(f"the prompt and its prior must be finite, got inf or nan ({family})")
+    return priors
 
 
 def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: int) -> Prior:

@@ -64,7 +64,7 @@ def load_tuned(
     if base_model is None:
         base_model, revision = base_model_of(adapter, saved.config)
         base_revision = base_revision or revision
-        named = f" The adapter {str(adapter)!r} names this base model; pass base_model= to use another."
+        named = f". The adapter {str(adapter)!r} names this base model; pass base_model= to use another."
     else:
         named = ""
     shared = {name: hub_arguments[name] for name in ("token", "cache_dir") if name in hub_arguments}

@@ -206,7 +206,7 @@ def test_another_hidden_size_or_depth_is_refused(tmp_path):
     [
         ({"format_version": 99}, "format_version must be 1 .* update priors_peft"),
         ({"config": []}, "config must be an object"),
-        ({"config": {"num_virtual_tokens": -1}}, "num_virtual_tokens must be >= 1, got -1"),
+        ({"config": {"num_virtual_tokens": -1}}, r"num_virtual_tokens must be an integer in \[1, .* got -1"),
         (
             {"config": {"num_virtual_tokens": 4, "prior": "os.system"}},
             "names the prior 'os.system', which is its author's own",

@@ -24,14 +24,23 @@ TEXT = "Question: what is 3 plus 4 ? Answer:"
 CHAT = [{"role": "user", "content": "what is 5 plus 6"}]
 TEMPLATE = "{{ bos_token }} {% for message in messages %}{{ message['content'] }} {% endfor %}Answer:"
 
-# Whatever is imported here, it is none of these.
+# As if some packages were not installed.
 BLOCK = """
 import sys
-class Block:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
-sys.meta_path.insert(0, Block())
+        return None if name.split(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
+for name in {blocked!r}:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name + " can be imported")
 """
 RUN_CHECKPOINTS = """
 import json, torch
@@ -46,7 +55,7 @@ for case in cases:
         logits = model(**inputs).logits
     generated = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     sampled = model.generate(
-        **inputs, max_new_tokens=60, do_sample=True, temperature=50.0, top_k=0, eos_token_id=None, pad_token_id=0
+        **inputs, max_new_tokens=100, do_sample=True, temperature=50.0, top_k=0, eos_token_id=None, pad_token_id=0
     )
     generator = pipeline("text-generation", model=case)
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
@@ -171,6 +180,7 @@ def test_checkpoints_give_the_tuned_text_where_peft_cannot_be_imported(tmp_path)
     tokenizer.chat_template = TEMPLATE
     ids = tokenizer(TEXT)["input_ids"]
     chat_ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+    moved = 0
     for case, model in cases.items():
         theirs = load_file(case / "out" / "outputs.safetensors")
         with torch.no_grad():
@@ -180,8 +190,9 @@ def test_checkpoints_give_the_tuned_text_where_peft_cannot_be_imported(tmp_path)
         assert (their_logits - ours).abs().max() < 1e-5 * ours.abs().max(), case.name
         greedy = answer(model, tokenizer, ids)
         assert theirs["generated"][0].tolist() == greedy, case.name
-        assert len(set(greedy)) > 2, case.name  # a model that says one thing would prove nothing
-        # At a temperature at which all tokens are about as likely, 60 of them hold no virtual one.
+        with model.disable_adapter():
+            moved += greedy != answer(model, tokenizer, ids)
+        # At a temperature at which all tokens are about as likely, 100 of them hold no virtual one.
         assert not set(range(entries, entries + COUNT)) & set(theirs["sampled"][0].tolist()), case.name
         said = json.loads((case / "out" / "outputs.json").read_text())
         stop = greedy.index(2) if 2 in greedy else None
@@ -190,6 +201,7 @@ def test_checkpoints_give_the_tuned_text_where_peft_cannot_be_imported(tmp_path)
         stop = chat_greedy.index(2) if 2 in chat_greedy else None
         expected = tokenizer.decode(chat_greedy[:stop], skip_special_tokens=True)
         assert said["chat"].split() == expected.split(), case.name
+    assert moved > len(cases) / 2  # where the prompt changes nothing, nothing is shown
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_a_prompt_that_is_not_finite_is_refused(tmp_path):
     tensors["prompt"][0, 0, 0] = float("nan")
     save_file(tensors, folder / PRIOR_WEIGHTS)
     write(tmp_path / "b", {name: (folder / name).read_bytes() for name in FILES}, rehash=True)
-    with pytest.raises(ValueError, match="prompt must be finite"):
+    with pytest.raises(ValueError, match="the prompt and its prior must be finite"):
         read_adapter(tmp_path / "b")
 
 
