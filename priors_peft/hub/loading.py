@@ -79,7 +79,7 @@ def load_tuned(
         )
     except OSError as error:
         raise (FileNotFoundError if isinstance(error, FileNotFoundError) else OSError)(f"{error}{named}") from error
-    return PriorPeftModel.from_pretrained(base, adapter, **hub_arguments), tokenizer
+    return PriorPeftModel.from_pretrained(base, os.fspath(adapter), **hub_arguments), tokenizer
 
 
 def pipeline(

@@ -49,10 +49,11 @@ def save_prompted_tokenizer(tokenizer: Any, count: int, folder: Path, with_token
         stem = f"virtual_{stem}"
     tokens = [f"<|{stem}_{index}|>" for index in range(count)]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    ids = [backend.token_to_id(token) for token in tokens]
-    if ids != list(range(max(vocabulary.values()) + 1, max(vocabulary.values()) + 1 + count)):
+    after = max(vocabulary.values()) + 1
+    ids = list(range(after, after + count))
+    if ids != [backend.token_to_id(token) for token in tokens]:
         raise ValueError(
-            f"the tokenizer must give new tokens the ids after its last, got {ids} by {name}: {_ELSEWHERE}"
+            f"the tokenizer must give new tokens the ids after its last, got others by {name}: {_ELSEWHERE}"
         )
 
     described = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
@@ -74,7 +75,7 @@ def save_prompted_tokenizer(tokenizer: Any, count: int, folder: Path, with_token
     write_json(folder / "tokenizer_config.json", config)
 
     again = AutoTokenizer.from_pretrained(folder)
-    wrong = [text for text in _PROBES if again(text)["input_ids"] != ids + expected[text]]
+    wrong: list[str | None] = [text for text in _PROBES if again(text)["input_ids"] != ids + expected[text]]
     wrong += [
         label for label, old in conversations.items() if old is not None and _conversation(again, label) != ids + old
     ]

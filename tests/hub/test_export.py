@@ -126,9 +126,11 @@ def save_adapter(folder: Path, base: Path, count: int = COUNT, **settings) -> Pr
 
 @torch.no_grad()
 def answer(model: PriorPeftModel, tokenizer, ids: list[int], new_tokens: int = 8) -> list[int]:
-    """Greedy tokens after `ids` by the model that was trained."""
+    """Greedy tokens after `ids` by the model that was trained; none of its rows that are no token's."""
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    text = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    unused = list(range(len(tokenizer), model.config.vocab_size)) or None
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": unused}
+    text = model.generate(**inputs, max_new_tokens=new_tokens, **options)
     return text[0, len(ids) :].tolist()
 
 
