@@ -272,10 +272,22 @@ def test_new_rows_are_the_prompt_and_ordinary_rows_stay(tied, tmp_path):
     assert torch.equal(rows[90:], model.prompt("default").theta[0])
     assert torch.equal(rows[:90], base.get_input_embeddings().weight[:90])
     assert torch.equal(head[:90], base.get_output_embeddings().weight[:90])
-    assert (head is rows) == tied == out.config.tie_word_embeddings
-    if not tied:
-        # So that the logit of a virtual token is the mean of the others', which is never the largest.
-        assert torch.allclose(head[90:], head[:90].mean(0).expand(10, -1))
+    # So that the logit of a virtual token is the mean of the others', which is never the largest.
+    assert torch.allclose(head[90:], head[:90].mean(0).expand(10, -1))
+    assert not out.config.tie_word_embeddings and base.config.tie_word_embeddings == tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_tool_chooses_a_virtual_token_or_gives_it_a_likelihood(tied, architecture, tmp_path):
+    save_base(tmp_path / "base", architecture, tied)
+    save_adapter(tmp_path / "adapter", tmp_path / "base")
+    export_adapter(tmp_path / "adapter", "checkpoint", tmp_path / "out")
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(3, 90, (4, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = out(torch.cat([torch.arange(90, 94).expand(4, -1), ids], dim=1)).logits
+    assert logits[..., :90].max(-1).values.gt(logits[..., 90:94].max(-1).values).all()
+    assert logits[..., :94].softmax(-1)[..., 90:].max() < 1 / 90
 
 
 def test_scaled_embeddings_are_divided_by_their_scale(tmp_path):
