@@ -3,9 +3,12 @@
 import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -497,3 +500,40 @@ text = generator("Once upon a time", max_new_tokens=40, do_sample=False, eos_tok
 assert text == sys.argv[2], text
 """
     run(code, str(tmp_path / "out"), expected, blocked=("peft", "priors_peft"))
+
+
+class StandInForVLLM:
+    """Takes what `vllm.LLM` takes, and gives it to transformers."""
+
+    def __init__(self, model, enable_prompt_embeds):
+        assert enable_prompt_embeds
+        self.model = AutoModelForCausalLM.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def generate(self, request):
+        embeddings = request["prompt_embeds"]
+        ids = self.model.generate(inputs_embeds=embeddings[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
+        text = self.tokenizer.decode(ids[0], skip_special_tokens=True)
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=text)])]
+
+
+def test_the_snippets_of_the_documentation_run(case, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(case)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandInForVLLM))
+    shutil.copytree(case / "adapter", "outputs/sums")
+    commands = re.findall(r"^priors-peft (export outputs/.*)$", page, re.MULTILINE)
+    assert len(commands) == 3 and all(main(command.split()) == 0 for command in commands)
+    shutil.copytree("outputs/sums-model", "outputs/sums-gguf")
+    example = capsys.readouterr().out.split("To use it:\n\n")[-1].replace(str(case / "base"), "user/base").strip()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 5 and snippets[-1].replace("\n\n", "\n").strip() == example.replace("'", '"')
+    scope = {"base_model": AutoModelForCausalLM.from_pretrained("base")}
+    for snippet in snippets:
+        exec(snippet.replace("user/adapter", "outputs/sums").replace("user/base", "base"), scope)
+    base, gguf = (AutoTokenizer.from_pretrained(folder) for folder in ("base", "outputs/sums-gguf"))
+    assert gguf(TEXT)["input_ids"] == base(TEXT)["input_ids"]
+    ids = base("3 and 4 make")["input_ids"]
+    model = PriorPeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "outputs/sums")
+    said = capsys.readouterr().out.strip()
+    assert said == base.decode(answer(model, base, ids), skip_special_tokens=True) and said
