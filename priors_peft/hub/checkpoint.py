@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,18 +18,14 @@ from torch import Tensor, nn
 
 from ..files import write_json
 from .base_model import load_base_model, resolve_base_model
-from .prompted_tokenizer import save_prompted_tokenizer
+from .prompted_tokenizer import ELSEWHERE, save_prompted_tokenizer
 from .reading import read_json
 
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What a base model's folder has that belongs into the new one as it is, beside what is written anew.
 _COPIED = ("*.py", "*.model", "LICENSE*", "NOTICE*")
 _NEEDED = ("*.json", "*.jinja", "*.txt", "model*.safetensors", *_COPIED)
-_ELSEWHERE = "export to peft, prefix or prompt-embeds instead"
 # Logit of a virtual token where the head has a bias: no softmax in any float type gives it a probability.
 _NEVER = -1e4
 
@@ -94,13 +90,13 @@ def write_checkpoint(
         if embedding is None or (head is None and not tied):
             raise ValueError(
                 f"{base_model!r} must keep {vocabulary.embedding if embedding is None else vocabulary.head} in its "
-                f"safetensors, got no tensor of that name: {_ELSEWHERE}"
+                f"safetensors, got no tensor of that name: {ELSEWHERE}"
             )
         (rows, width), dtype = _kind(base / shards[embedding], embedding)
         if width != prompt.shape[1]:
             raise ValueError(f"the prompt must have the base model's {width} dimensions, got {prompt.shape[1]}")
         if not dtype.is_floating_point:
-            raise ValueError(f"embeddings must be floating point to hold a prompt, got {dtype}: {_ELSEWHERE}")
+            raise ValueError(f"embeddings must be floating point to hold a prompt, got {dtype}: {ELSEWHERE}")
         new = (prompt / _scale(model, dtype)).to(dtype)
 
         text_config = config.get_text_config()
@@ -189,7 +185,7 @@ def _scale(model: Any, dtype: torch.dtype) -> float:
     """
     kind, embedding = type(model).__name__, model.get_input_embeddings()
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
-        raise ValueError(f"to must not be checkpoint for {kind}, which embeds tokens at every layer: {_ELSEWHERE}")
+        raise ValueError(f"to must not be checkpoint for {kind}, which embeds tokens at every layer: {ELSEWHERE}")
     probe = torch.tensor([[1.0], [2.0]]).expand(2, embedding.weight.shape[1]).to(dtype)
     embedding.weight = nn.Parameter(probe.clone(), requires_grad=False)
     embedding.padding_idx = None
@@ -197,7 +193,7 @@ def _scale(model: Any, dtype: torch.dtype) -> float:
         made = embedding(torch.arange(2))
     scale = made[0, 0].item()
     if scale == 0 or not torch.equal(made, probe * scale):
-        raise ValueError(f"to must not be checkpoint for {kind}, which transforms its embeddings: {_ELSEWHERE}")
+        raise ValueError(f"to must not be checkpoint for {kind}, which transforms its embeddings: {ELSEWHERE}")
     return scale
 
 
@@ -207,6 +203,9 @@ def _shards(base: Path) -> dict[str, str]:
         weight_map = read_json(base / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{base / INDEX} must have a weight_map, got none")
+        outside = [shard for shard in weight_map.values() if not isinstance(shard, str) or Path(shard).name != shard]
+        if outside:
+            raise ValueError(f"{base / INDEX} must name files of its own folder, got {outside[0]!r}")
         return weight_map
     with safe_open(base / SINGLE, framework="pt") as file:
         return dict.fromkeys(file.keys(), SINGLE)

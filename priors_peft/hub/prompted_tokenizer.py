@@ -13,7 +13,7 @@ from .reading import read_json
 # Texts on which the saved tokenizer is held against the base model's.
 _PROBES = ("", "Hello, world", " 12 + 3 =\n", "naïve 日本語 🙂\n\n  x")
 _PROMPT = "<|prompt|>"
-_ELSEWHERE = "export to peft, prefix or prompt-embeds instead"
+ELSEWHERE = "export to peft, prefix or prompt-embeds instead"
 
 
 def save_prompted_tokenizer(tokenizer: Any, count: int, folder: Path, with_token_types: bool) -> list[int]:
@@ -38,7 +38,7 @@ def save_prompted_tokenizer(tokenizer: Any, count: int, folder: Path, with_token
 
     name = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False) or not hasattr(tokenizer, "backend_tokenizer"):
-        raise ValueError(f"the tokenizer must be a fast one, with a tokenizer.json, got {name}: {_ELSEWHERE}")
+        raise ValueError(f"the tokenizer must be a fast one, with a tokenizer.json, got {name}: {ELSEWHERE}")
     expected = {text: tokenizer(text)["input_ids"] for text in _PROBES}
     conversations = {label: _conversation(tokenizer, label) for label in _labels(tokenizer)}
 
@@ -53,7 +53,7 @@ def save_prompted_tokenizer(tokenizer: Any, count: int, folder: Path, with_token
     ids = list(range(after, after + count))
     if ids != [backend.token_to_id(token) for token in tokens]:
         raise ValueError(
-            f"the tokenizer must give new tokens the ids after its last, got others by {name}: {_ELSEWHERE}"
+            f"the tokenizer must give new tokens the ids after its last, got others by {name}: {ELSEWHERE}"
         )
 
     described = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
@@ -82,7 +82,7 @@ def save_prompted_tokenizer(tokenizer: Any, count: int, folder: Path, with_token
     if wrong:
         raise ValueError(
             f"the tokenizer must put the virtual tokens before a text and change nothing else, got other ids by {name} "
-            f"for {wrong[0]!r}: {_ELSEWHERE}"
+            f"for {wrong[0]!r}: {ELSEWHERE}"
         )
     return ids
 
@@ -134,4 +134,4 @@ def _prefixed(processor: dict[str, Any] | None, tokens: list[str], ids: list[int
         if [part["type"] for part in parts if part["type"] != "ByteLevel"] == ["TemplateProcessing"]:
             changed = [part if part["type"] == "ByteLevel" else _prefixed(part, tokens, ids) for part in parts]
             return processor | {"processors": changed}
-    raise ValueError(f"the tokenizer's post-processor must be a template or none, got {kind}: {_ELSEWHERE}")
+    raise ValueError(f"the tokenizer's post-processor must be a template or none, got {kind}: {ELSEWHERE}")

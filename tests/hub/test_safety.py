@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, make_model
+from conftest import LAYERS, WIDTH, make_model, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
 from priors_peft.files import sha256
 from priors_peft.hub import reading
 from priors_peft.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, read_adapter
+from priors_peft.hub.export import export_adapter
 
 
 COUNT = 4
@@ -169,6 +170,20 @@ def test_a_prompt_that_is_not_finite_is_refused(tmp_path):
     write(tmp_path / "b", {name: (folder / name).read_bytes() for name in FILES}, rehash=True)
     with pytest.raises(ValueError, match="the prompt and its prior must be finite"):
         read_adapter(tmp_path / "b")
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path):
+    make_model().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    described = json.loads(index.read_text())
+    described["weight_map"]["model.norm.weight"] = "../outside.safetensors"
+    index.write_text(json.dumps(described))
+    (tmp_path / "outside.safetensors").write_bytes(b"mine")
+    adapter = write(tmp_path / "adapter", contents())
+    with pytest.raises(ValueError, match="must name files of its own folder, got '../outside.safetensors'"):
+        export_adapter(adapter, "checkpoint", tmp_path / "out" / "deeper", base_model=str(tmp_path / "base"))
+    assert (tmp_path / "outside.safetensors").read_bytes() == b"mine"
 
 
 # Fuzzing: whatever is in the files, there is a model or a clean error that names one of them.
