@@ -29,20 +29,20 @@ def case(tmp_path):
     return tmp_path
 
 
-def rename_base(case, name):
+def rename_base(case, name, revision=None):
     for file in ("adapter_config.json", "prior_config.json"):
         path = case / "adapter" / file
         described = json.loads(path.read_text())
-        (described.get("config") or described)["base_model_name_or_path"] = name
+        (described.get("config") or described).update(base_model_name_or_path=name, revision=revision)
         path.write_text(json.dumps(described))
 
 
-def cached(cache, name, folder):
+def cached(cache, name, folder, revision="main"):
     """Put a folder into a Hub cache as a download would have."""
     repository = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "refs" / revision).write_text("a" * 40)
 
 
 @pytest.mark.parametrize("tuning", ["soft", "deep"])
@@ -94,8 +94,8 @@ def test_only_text_generation(case):
 
 
 def test_everything_comes_from_the_cache_when_offline(case, monkeypatch):
-    cached(case / "cache", "user/base", case / "base")
-    rename_base(case, "user/base")
+    cached(case / "cache", "user/base", case / "base", "v1")
+    rename_base(case, "user/base", "v1")
     shutil.copytree(case / "adapter", case / "repository" / "seed0")
     cached(case / "cache", "user/adapter", case / "repository")
     monkeypatch.chdir(case)
