@@ -50,7 +50,7 @@ KIND_LABELS = {
     "draws": "random prompts of the prior",
     "trajectory": "way through training",
     "initial": "start",
-    "activations": "activations",
+    "activations": "rows of the tasks",
     "prompt": "prompt",
 }
 
@@ -74,14 +74,19 @@ def _project(axis: "Axes", group: claims.Part, palette: Mapping[str, tuple[str, 
             style |= {"markerfacecolor": "white", "markeredgewidth": 0.7}
         entry = {"start": style | {"color": GREY}} if kind == "initial" else {label: style}
     elif kind == "activations":
-        style = {"marker": "^", "color": colour, "markersize": 3, "alpha": 0.6}
-        entry = {group["name"]: style}
+        style = {"marker": "^", "color": task_colour(group["name"], palette), "markersize": 3, "alpha": 0.6}
+        entry = {KIND_LABELS[kind]: style | {"color": GREY}}
     else:
         style = {"marker": "." if kind == "vocabulary" else "x", "markersize": 3}
         style["color"] = PALE if kind == "vocabulary" else GREY
         entry = {KIND_LABELS[kind]: style | {"markersize": 5}}
     axis.plot(points[:, 0], points[:, 1], linestyle="none", **style)
     return entry
+
+
+def task_colour(task: str, palette: Mapping[str, tuple[str, str]]) -> str:
+    """A task's colour where adapters have their tasks' colours, else grey."""
+    return {key: colour for colour, key in palette.values()}.get(task, GREY)
 
 
 def ways(group: claims.Part) -> list[np.ndarray]:

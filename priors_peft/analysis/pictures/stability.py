@@ -26,10 +26,11 @@ def draw(analysis: claims.Part) -> "Figure | None":
     axes = figure.subplots(len(shown), 2 + lines, squeeze=False)
     for row, group in zip(axes, shown, strict=True):
         raw, matched = array(group["raw_distances"]), array(group["matched_distances"])
+        name = f"{drawable(str(group['task'] or 'runs'), 18)}: distances"
         image: Any = None
-        for axis, values, what in ((row[0], raw, "as they are"), (row[1], matched, "tokens matched")):
+        for axis, values, what in ((row[0], raw, name), (row[1], matched, "after matching tokens")):
             image = heat_map(axis, values, vmin=0, vmax=max(np.nanmax(raw), 1e-9), cmap="cividis")
-            axis.set_title(f"{drawable(str(group['task'] or 'runs'), 20)}: {what}", loc="left")
+            axis.set_title(what, loc="left")
             numbers = range(1, len(values) + 1)
             axis.set_xticks(range(len(values)), [str(number) for number in numbers])
             axis.set_yticks(

@@ -35,6 +35,7 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
+    "axes.formatter.useoffset": False,
     "text.parse_math": False,
     "figure.facecolor": "white",
 }

@@ -99,13 +99,14 @@ def _token_rows(axis: "Axes", adapter: claims.Part, styles: _Styles, level: floa
 
 
 def _token_strips(axis: "Axes", adapters: Sequence[claims.Part], styles: _Styles, level: float) -> None:
-    """A row for each adapter, a dot for each virtual token."""
+    """A row for each adapter, in it a dot for each virtual token, on what random prompts score there."""
     for place, adapter in enumerate(adapters):
-        bounds = prior_band(adapter["tokens"]).mean(1)
-        axis.barh(place, bounds[1] - bounds[0], left=bounds[0], height=0.7, color="#D9D9D9")
         rows = adapter["tokens"]["virtual_tokens"]
+        low, high = prior_band(adapter["tokens"])
+        heights = [place - 0.35 + 0.7 * (row["index"] + 0.5) / len(rows) for row in rows]
+        axis.barh(heights, high - low, left=low, height=0.7 / len(rows), color="#D9D9D9", linewidth=0)
         for kind in ("chance", "inherited", "signal"):
             chosen = [row for row in rows if claims.token_state(row, level) == kind]
-            heights = [place - 0.3 + 0.6 * row["index"] / max(1, len(rows) - 1) for row in chosen]
-            axis.plot([row["score"] for row in chosen], heights, markersize=3.5, linestyle="none", **styles[kind])
+            where = [heights[row["index"]] for row in chosen]
+            axis.plot([row["score"] for row in chosen], where, markersize=3.5, linestyle="none", **styles[kind])
     adapter_rows(axis, adapters)

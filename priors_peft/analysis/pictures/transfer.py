@@ -22,18 +22,24 @@ def draw(analysis: claims.Part) -> "Figure | None":
         return None
     gains = array(claims.gains(transfer))
     figure = new_figure(claims.transfer_title(transfer), 1.3 + 0.32 * max(len(gains), 6))
-    correlations = transfer.get("correlations") or {}
+    correlations = {
+        name: found for name, found in (transfer.get("correlations") or {}).items() if found["rho"] is not None
+    }
     axes = figure.subplots(1, 1 + bool(correlations), squeeze=False, width_ratios=[1.5, 1] if correlations else None)[
         0
     ]
-    most = max(float(np.nanmax(np.abs(gains))), 1e-9)
+    most = float(np.nanmax(np.abs(gains))) or 1.0
     image = heat_map(axes[0], gains, vmin=-most, vmax=most, cmap="PuOr", aspect="auto")
     for row, column in own_cells(transfer):
         axes[0].add_patch(
             Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5, clip_on=False)
         )
-    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(transfer["tasks"]) > 4 else {}
-    axes[0].set_xticks(range(len(transfer["tasks"])), [drawable(task, 14) for task in transfer["tasks"]], **turned)
+    turned = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        if max(map(len, transfer["tasks"])) * len(transfer["tasks"]) > 30
+        else {}
+    )
+    axes[0].set_xticks(range(len(transfer["tasks"])), [drawable(task, 18) for task in transfer["tasks"]], **turned)
     axes[0].set_yticks(range(len(gains)), [drawable(name, 18) for name in transfer["prompts"]])
     axes[0].set_xlabel("measured on (framed: trained on)")
     axes[0].set_ylabel("prompt")
@@ -51,8 +57,6 @@ def own_cells(transfer: claims.Part) -> list[tuple[int, int]]:
 def _forest(axis: "Axes", correlations: claims.Part) -> None:
     """A row for each similarity: its correlation with transfer and the interval."""
     for place, found in enumerate(correlations.values()):
-        if found["rho"] is None:
-            continue
         low, high = array(found["interval"])
         axis.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
         axis.plot(found["rho"], place, "o", color=COLOURS[0], markersize=6)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .. import claims
 from ..pictures.geometry import MEASURES, bands, known_steps, measured_names
-from ..pictures.projection import KIND_LABELS, KINDS, ways
+from ..pictures.projection import KIND_LABELS, KINDS, task_colour, ways
 from ..pictures.style import GREY, INHERITED, PALE, SIGNAL, array, colours, prior_band
 from ..pictures.tokens import SCORES
 from .plots import BAND, Figure, axis_key, heading, name_axis, on, panels, plain, rounded, short, title
@@ -172,7 +172,7 @@ def projection(adapters: Sequence[claims.Part], projection: claims.Part) -> Figu
     data = []
     for group in sorted(projection["groups"], key=lambda group: KINDS.index(group["kind"])):
         points, kind = array(group["points"]).reshape(-1, 2), group["kind"]
-        colour, own = palette.get(group["name"], (GREY, group["name"]))
+        colour, own = palette.get(group["name"], (task_colour(group["name"], palette), group["name"]))
         steps = group["steps"] or [None] * len(points)
         hover = [
             f"{plain(label)}<br>{plain(group['name'])}{at_step(step)}"
@@ -189,10 +189,10 @@ def projection(adapters: Sequence[claims.Part], projection: claims.Part) -> Figu
         trace = {
             "type": "scatter",
             "mode": "lines+markers" if kind == "trajectory" else "markers",
-            "name": short(own if kind in ("prompt", "initial", "trajectory", "activations") else KIND_LABELS[kind]),
+            "name": short(own if kind in ("prompt", "initial", "trajectory") else KIND_LABELS[kind]),
             "meta": kind,
             "legendgroup": plain(f"{kind}-{own}"),
-            "showlegend": kind in ("prompt", "activations"),
+            "showlegend": kind == "prompt",
             **gapped,
             "text": [None if i < 0 else hover[i] for i in order],
             "hoverinfo": "text",
