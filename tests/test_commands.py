@@ -198,7 +198,7 @@ def test_bad_input_of_analyze_is_one_line(flags, message, adapter, rows, tmp_pat
 
 def test_analyze_wants_adapters(tmp_path, capsys):
     assert main(["analyze", "--out", str(tmp_path)]) == 1
-    assert "ADAPTER... must be given before the flags, got []" in capsys.readouterr().err
+    assert "ADAPTER... must be given, got []" in capsys.readouterr().err
     assert main(["analyze", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "which has no adapter_config.json" in capsys.readouterr().err
 

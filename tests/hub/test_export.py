@@ -485,6 +485,7 @@ def test_the_command_writes_and_says_how_to_use_it(case, capsys):
     assert "ADAPTER, OUT must be given" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("PRIORS_PEFT_TINY_MODEL" not in os.environ, reason="set PRIORS_PEFT_TINY_MODEL to a real model")
 def test_a_real_model_and_tokenizer_tell_the_tuned_story(tmp_path):
     base = Path(os.environ["PRIORS_PEFT_TINY_MODEL"])

@@ -188,7 +188,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path):
 
 # Fuzzing: whatever is in the files, there is a model or a clean error that names one of them.
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+fuzz = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 scalars = st.one_of(
     st.none(),
     st.booleans(),
