@@ -142,8 +142,8 @@ def test_the_same_twice_is_the_same_to_the_last_bit():
     model, _, rows = tuned()
     prompts = random_prompts(model, 3)
     assert torch.equal(prompt_nlls(model, rows, prompts), prompt_nlls(model, rows, prompts))
-    with model.cached_prompt():  # nor does a kept prompt of another stand in
-        again = torch.cat([prompt_nlls(model, rows, prompt[None]) for prompt in prompts])
+    with model.cached_prompt():  # nor does a kept prompt stand in for one that lies where it lay
+        again = torch.cat([prompt_nlls(model, rows, prompt[None].clone()) for prompt in prompts])
     assert torch.equal(again, prompt_nlls(model, rows, prompts))
 
 
