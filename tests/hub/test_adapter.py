@@ -206,6 +206,7 @@ def test_another_hidden_size_or_depth_is_refused(tmp_path):
     [
         ({"format_version": 99}, "format_version must be 1 .* update priors_peft"),
         ({"config": []}, "config must be an object"),
+        ({"sha256": []}, "is damaged or was changed"),
         ({"config": {"num_virtual_tokens": -1}}, r"num_virtual_tokens must be an integer in \[1, .* got -1"),
         (
             {"config": {"num_virtual_tokens": 4, "prior": "os.system"}},
