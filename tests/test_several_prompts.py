@@ -11,6 +11,9 @@ from priors_peft.evaluation import answer_metrics
 from priors_peft.tasks.metrics import exact_match
 
 
+pytestmark = pytest.mark.slow
+
+
 CONFIGS = {
     "seed0": {"num_virtual_tokens": 4},
     "seed1": {"num_virtual_tokens": 4, "seed": 1, "prior_weight": 0.0},

@@ -22,6 +22,9 @@ from priors_peft.cli import main
 from priors_peft.hub.export import FORMATS, export_adapter
 
 
+pytestmark = pytest.mark.slow
+
+
 COUNT = 4
 TEXT = "Question: what is 3 plus 4 ? Answer:"
 CHAT = [{"role": "user", "content": "what is 5 plus 6"}]

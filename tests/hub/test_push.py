@@ -27,6 +27,9 @@ from priors_peft.hub.facts import TRAINING
 from priors_peft.hub.push import PushError, push_folder
 
 
+pytestmark = pytest.mark.slow
+
+
 CORE = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, CARD}
 
 
