@@ -15,7 +15,7 @@ NASTY = [
     "العربية", "<U+202E>", "%{x}", "&amp;", "_under", "<b>bold</b>", "💩", "\ud83d", "\"'`", "{{ 7 * 7 }}", "]]>", "\\u003c",
     "a" * 300, "<br>", "^{2}", "\x00", "<a href='javascript:alert(1)'>x</a>", "<0xE4>", "%(text)s", "{% raw %}", "␊", "é",
 ]  # fmt: skip
-V, D, P, DRAWS, ROWS = 300, 24, 12, 99, 15
+V, D, P, DRAWS, ROWS = 150, 24, 12, 99, 15
 TASKS = ["rte", "wsc", "boolq", "<i>wic</i>"]
 
 
@@ -29,7 +29,7 @@ def text(token: int) -> str:
 
 @cache
 def planted(
-    count: int = 4, snapshots: int = 6, deep: bool = False, virtual_tokens: int = P, tsne: bool = False
+    count: int = 4, snapshots: int = 5, deep: bool = False, virtual_tokens: int = P, tsne: bool = False
 ) -> dict[str, Any]:
     """The analysis of `count` prompts, of four tasks in turn; made once, so copy it before changing it.
 

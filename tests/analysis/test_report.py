@@ -143,7 +143,7 @@ def test_the_page_is_the_same_every_time(page, analysis, tmp_path):
 def test_ten_prompts_of_twenty_virtual_tokens_take_less_than_5_mb(tmp_path):
     ten = copy.deepcopy(planted(count=10, virtual_tokens=20, snapshots=21))
     pca = ten["projection"]["pca"]
-    pca["groups"][0] = pca["groups"][0] | {key: (pca["groups"][0][key] * 7)[:2000] for key in ("points", "labels")}
+    pca["groups"][0] = pca["groups"][0] | {key: (pca["groups"][0][key] * 14)[:2000] for key in ("points", "labels")}
     ten["projection"]["tsne"] = pca | {"perplexity": 30.0, "seed": 0}
     assert save_report(ten, tmp_path / "report.html").stat().st_size < 5e6
 
