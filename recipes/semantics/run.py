@@ -55,9 +55,9 @@ class StudyArguments:
     seeds: int = field(
         default=4, metadata={"help": "Runs of each task: seeds 0, 1, ... of the start and the data order"}
     )
-    num_transfer: int = field(default=48, metadata={"help": "Evaluation rows of a task for the transfer matrix"})
+    num_transfer: int = field(default=32, metadata={"help": "Evaluation rows of a task for the transfer matrix"})
     num_analysis: int = field(
-        default=8, metadata={"help": "Evaluation rows of a task for faithfulness, lines between runs and activations"}
+        default=4, metadata={"help": "Evaluation rows of a task for faithfulness, lines between runs and activations"}
     )
     num_draws: int = field(default=200, metadata={"help": "Random prompts from each prior, as a null"})
     eval_batch_size: int = field(default=16, metadata={"help": "Rows a batch when prompts are measured"})
