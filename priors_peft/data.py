@@ -83,7 +83,7 @@ def _columns(dataset: Any) -> list[str]:
 
 def count_supervised_tokens(dataset: Dataset) -> int:
     """Number N of supervised tokens in a tokenized dataset."""
-    return sum(len(row) - row.count(IGNORED) for row in dataset["labels"])
+    return sum(len(row) - row.count(IGNORED) for row in dataset.with_format(None)["labels"])
 
 
 def prompts_of(

@@ -29,9 +29,9 @@ from .passes import (
     PromptState,
     cached_pass,
     concatenated_pass,
+    continued,
     deep_prompts,
     packed_pass,
-    positions,
     prompt_pass,
     prompted_embeddings,
 )
@@ -97,7 +97,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         check_base_model(model)
         self._takes_cache = supports_prompt_cache(model)
         self._unpackable = False
-        self._kept: dict[str, tuple[Any, PromptState, list[Tensor]]] | None = None
+        self._kept: dict[str, tuple[list[tuple[int, int]], PromptState, list[Tensor]]] | None = None
         self.tokenizer = tokenizer
         self.provenance: dict[str, list[Provenance]] = {}
         # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
@@ -235,7 +235,10 @@ class PriorPeftModel(PeftModelForCausalLM):
             raise ValueError("input_ids or inputs_embeds must be given, got neither")
         text = Text(input_ids, inputs_embeds, attention_mask, position_ids)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            return self._continue(text, past_key_values, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+            # The caller's mask and positions don't count the prompt.
+            text = text.after(self.active_peft_config.num_virtual_tokens)
+            kwargs = {"labels": labels, "logits_to_keep": logits_to_keep, "use_cache": None} | kwargs
+            return continued(self.base_model, text, past_key_values, kwargs)
         if token_type_ids is not None:
             logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
         prompts = self._prompts(adapter_names, text.batch_size)
@@ -357,18 +360,6 @@ class PriorPeftModel(PeftModelForCausalLM):
             yield
         finally:
             self._kept = kept
-
-    def _continue(self, text: Text, cache: Any, **options: Any) -> Any:
-        """One more step over a cache that holds the prompt; the caller's mask and positions don't count the prompt."""
-        text = text.after(self.active_peft_config.num_virtual_tokens)
-        return self.base_model(
-            input_ids=text.input_ids,
-            inputs_embeds=text.inputs_embeds,
-            attention_mask=text.attention_mask,
-            past_key_values=cache,
-            **positions(self.base_model, text.position_ids),
-            **options,
-        )
 
     def packs(self, training: bool) -> bool:
         """Whether a loss is computed on rows as one sequence without padding, in training or evaluation."""

@@ -89,7 +89,7 @@ class Layout:
 
     def triangle(self, window: int | None, like: Tensor) -> Tensor:
         """Additive causal mask for as many positions as any stretch sees; the masks of all are parts of it."""
-        key = ("triangle", window)
+        key = ("triangle", window, like.device)
         if key not in self._tensors:
             position = torch.arange(max(self.seen), device=like.device)
             self._tensors[key] = _additive(_visible(position[:, None], position, window), like)
@@ -97,7 +97,8 @@ class Layout:
 
     def padded(self, window: int | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stretches as the rows of one batch: query and key indices, where queries go back to, additive mask."""
-        if "indices" not in self._tensors:
+        device = like.device  # layers may lie on several
+        if device not in self._tensors:
             every = [range(start, stop) for start, stop in pairwise(accumulate(self.keys, initial=0))]
             seen = [
                 [*(() if s.shared is None else every[s.shared]), *own]
@@ -108,13 +109,13 @@ class Layout:
             real = torch.arange(queries.shape[1]) < torch.tensor(self.queries)[:, None]
             first = torch.tensor(self.seen) - torch.tensor(self.queries)
             parts = (queries.long(), keys, real.flatten().nonzero()[:, 0], first)
-            self._tensors["indices"] = [part.to(like.device) for part in parts]
-        queries, keys, places, first = self._tensors["indices"]
-        if window not in self._tensors:
-            position = first[:, None, None] + torch.arange(queries.shape[1], device=like.device)[:, None]
-            visible = _visible(position, torch.arange(keys.shape[1], device=like.device), window)
-            self._tensors[window] = _additive(visible, like)[:, None]
-        return queries, keys, places, self._tensors[window]
+            self._tensors[device] = [part.to(device) for part in parts]
+        queries, keys, places, first = self._tensors[device]
+        if (window, device) not in self._tensors:
+            position = first[:, None, None] + torch.arange(queries.shape[1], device=device)[:, None]
+            visible = _visible(position, torch.arange(keys.shape[1], device=device), window)
+            self._tensors[window, device] = _additive(visible, like)[:, None]
+        return queries, keys, places, self._tensors[window, device]
 
 
 def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:

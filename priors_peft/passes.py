@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .architecture import decoder, decoder_layers, expand_cache, replace_prompts
@@ -99,17 +99,16 @@ def packed_pass(
 
 def cached_pass(model: PreTrainedModel, state: PromptState, text: Text, options: dict[str, Any]) -> Any:
     """The text, padded, over the prompt's cache; the final states `[B, 1 + L, d]` begin with the last virtual token's."""
-    outputs = continued(
-        model, text.after(state.cache.get_seq_length()), expand_cache(state.cache, text.batch_size), options
-    )
+    text, cache = text.after(state.cache.get_seq_length()), expand_cache(state.cache, text.batch_size)
+    outputs = continued(decoder(model), text, cache, options)
     last = state.last.expand(text.batch_size, -1, -1)
     outputs.last_hidden_state = torch.cat([last, outputs.last_hidden_state], dim=1)
     return outputs
 
 
-def continued(model: PreTrainedModel, text: Text, cache: Any, options: dict[str, Any]) -> Any:
-    """Text whose mask and positions count the prompt, through the layers over a cache."""
-    return decoder(model)(
+def continued(model: nn.Module, text: Text, cache: Any, options: dict[str, Any]) -> Any:
+    """Text whose mask and positions count the prompt, through a model or its layers over a cache."""
+    return model(
         input_ids=text.input_ids,
         inputs_embeds=text.inputs_embeds,
         attention_mask=text.attention_mask,
@@ -147,7 +146,7 @@ def prompted_embeddings(model: PreTrainedModel, prompt: Prompt, text: Text) -> T
     return torch.cat([prompt.theta[0].to(embeddings.dtype).expand(len(embeddings), -1, -1), embeddings], dim=1)
 
 
-def positions(model: PreTrainedModel, position_ids: Tensor | None) -> dict[str, Tensor]:
+def positions(model: nn.Module, position_ids: Tensor | None) -> dict[str, Tensor]:
     """`position_ids` where the model takes them: BLOOM counts the attention mask, MPT the keys."""
     accepted = "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": position_ids} if accepted and position_ids is not None else {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -413,15 +414,15 @@ def _learning_rate(model: PriorPeftModel, name: str) -> float:
 
 def _by_length(dataset: Any) -> list[int] | None:
     """Rows from the longest to the shortest, so that rows that are decoded together need little padding."""
-    if not hasattr(dataset, "__len__"):
+    if not isinstance(dataset, Dataset):  # a stream, which is evaluated as it comes
         return None
     lengths = [len(row) for row in dataset["input_ids"]]
     return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 def _in_order(rows: Any, order: list[int] | None) -> Any:
-    """Rows that came by length, in the data set's order."""
-    return rows if rows is None or order is None else rows[np.argsort(order)]
+    """Rows that came by length, in the data set's order; the last do not come where `dataloader_drop_last` is set."""
+    return rows if rows is None or order is None else rows[np.argsort(order[: len(rows)])]
 
 
 def _figures(

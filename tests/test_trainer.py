@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WIDTH, addition_rows, make_model, make_tokenizer
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
@@ -162,6 +163,44 @@ def test_rows_are_evaluated_by_length_and_come_back_in_order(tmp_path, monkeypat
     for predictions, labels in ((output.predictions, output.label_ids), (seen[0].predictions, seen[0].label_ids)):
         assert tokenizer.batch_decode(predictions.clip(0), skip_special_tokens=True) == alone.predictions
         assert tokenizer.batch_decode(labels.clip(0), skip_special_tokens=True) == alone.references
+
+
+def test_rows_are_evaluated_alike_however_they_come(tmp_path):
+    rows = [{"prompt": "1 " * length + "plus", "completion": f" {length}"} for length in (2, 9, 4, 7, 1)]
+    settings = {"per_device_eval_batch_size": 2, "max_new_tokens": 2, "compute_metrics": lambda prediction: {}}
+    trainer = make_trainer(tmp_path, **settings)
+    expected, dataset = trainer.predict(rows), Dataset.from_list(rows)
+    tokenized = tokenize(rows, make_tokenizer())
+    for same in (dataset, dataset.to_iterable_dataset(), tokenized, tokenized.with_format("torch")):
+        output = trainer.predict(same)
+        assert output.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-6)
+        assert output.predictions.tolist() == expected.predictions.tolist()
+        assert output.label_ids.tolist() == expected.label_ids.tolist()
+    with pytest.raises(ValueError, match="dataset must be a datasets.Dataset or a list of rows, got Subset"):
+        trainer.predict(torch.utils.data.Subset(rows, [0]))
+    # What is dropped is the shortest row.
+    some = make_trainer(tmp_path, dataloader_drop_last=True, **settings).predict(rows)
+    assert some.label_ids.tolist() == expected.label_ids[:4].tolist()
+    assert some.predictions.tolist() == expected.predictions[:4].tolist()
+
+
+def test_training_on_tensors_or_a_stream_is_training_on_their_rows(tmp_path):
+    tokenizer, found = make_tokenizer(), []
+    rows = tokenize(addition_rows(16), tokenizer)
+
+    def train(dataset, **settings):
+        config = PriorConfig(num_virtual_tokens=4, prior_weight=0.0) if not settings else PriorConfig(**settings)
+        model = get_prior_model(make_model(), config, tokenizer=tokenizer)
+        args = make_trainer(tmp_path, model=model, train_sampling_strategy="sequential").args
+        trainer = PriorTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        return coordinate(trainer)
+
+    for dataset in (rows, rows.with_format("torch"), rows.to_iterable_dataset()):
+        found.append(train(dataset))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with pytest.raises(ValueError, match="prior_weight must be 0 for a streamed train_dataset, got 1.0"):
+        train(rows.to_iterable_dataset(), num_virtual_tokens=4)
 
 
 def test_rows_that_must_be_padded_are_grouped_by_length(tmp_path):

@@ -150,7 +150,7 @@ def no_prompt_nll(model: PriorPeftModel, rows: Any, batch_size: int = 16) -> flo
                     "rows must begin with a token that is no answer: without a prompt nothing predicts it"
                 )
             text = Text(batch["input_ids"], None, batch["attention_mask"], None)
-            states = continued(model.base_model, text.after(0), None, {}).last_hidden_state
+            states = continued(decoder(model.base_model), text.after(0), None, {}).last_hidden_state
             states = states[supervision.rows, supervision.predictors]
             total += float(supervised_nll(model.base_model, states, supervision.targets).double().sum())
             count += len(supervision.targets)
@@ -278,7 +278,7 @@ def task_activations(
             else:
                 text = Text(batch["input_ids"], None, batch["attention_mask"], None)
                 options = {"output_hidden_states": True}
-                states = continued(model.base_model, text.after(0), None, options).hidden_states
+                states = continued(decoder(model.base_model), text.after(0), None, options).hidden_states
             for layer, pooled in parts.items():
                 pooled.append(pool(states[layer], batch["attention_mask"], how).cpu())
     back = torch.tensor(order).argsort()
