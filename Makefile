@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # torch comes first and alone, so that nothing else chooses a build of it. For a smaller CPU-only build on Linux, give pip
 # that build's index: `make demo TORCH="torch --index-url ..."` with the address from pytorch.org.
 TORCH ?= torch==2.13.0
+# Two processes of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 .PHONY: demo test test-fast quality style clean
 
@@ -13,10 +15,10 @@ demo: $(VENV)/installed
 	$(BIN)/python recipes/demo.py $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

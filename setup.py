@@ -28,6 +28,7 @@ extras = {
 # `playwright` drives a browser that is there already (Debian's `chromium`); its own are not downloaded.
 extras["dev"] = [
     "pytest>=8.0",
+    "pytest-xdist>=3.8",
     "ruff>=0.14",
     "mypy>=1.18",
     "types-PyYAML",

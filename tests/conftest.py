@@ -1,10 +1,12 @@
 """Tiny models of every architecture that matters, built from their configurations, and a tokenizer for them."""
 
 import copy
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from hub.loopback import TOKEN, LoopbackHub
 
@@ -108,6 +110,20 @@ def hub(tmp_path, monkeypatch) -> LoopbackHub:
 @pytest.fixture(params=list(CONFIGS))
 def architecture(request) -> str:
     return request.param
+
+
+def pairwise(*factors: Iterable[Any]) -> list[Any]:
+    """Every combination, the slow ones marked: among the others each two values of two factors meet at least once."""
+    combinations = list(itertools.product(*map(list, factors)))
+
+    def pairs(combination: tuple) -> set[tuple]:
+        return set(itertools.combinations(enumerate(combination), 2))
+
+    fast, unmet = set(), set().union(*map(pairs, combinations))
+    while unmet:
+        fast.add(most := max(combinations, key=lambda one: len(pairs(one) & unmet)))
+        unmet -= pairs(most)
+    return [pytest.param(*one, marks=[] if one in fast else [pytest.mark.slow]) for one in combinations]
 
 
 def make_model(architecture: str = "llama", seed: int = 0):

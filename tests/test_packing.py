@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCABULARY, WIDTH, make_model
+from conftest import CONFIGS, VOCABULARY, WIDTH, make_model, pairwise
 from peft import PromptTuningConfig, get_peft_model
 from test_model import assert_close, without_dropout
 from transformers import AutoModelForCausalLM, MistralConfig, NemotronConfig
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, NemotronConfig
 from priors_peft import PriorConfig, get_prior_model, packing
 from priors_peft.batch import Supervision, Text
 from priors_peft.model import PriorPeftModel
-from priors_peft.packing import pack
+from priors_peft.packing import Layout, Stretch, pack
 
 
 LENGTHS = {"uneven": (4, 9, 6), "equal": (5, 5, 5), "some equal": (5, 9, 5, 9, 1), "one": (7,), "short": (1, 3, 12)}
@@ -68,7 +68,10 @@ def tuned(model, count):
     return get_prior_model(model, config).train()
 
 
-@pytest.fixture(params=["packed by length", "packed at once", "padded"])
+WAYS = ["packed by length", "packed at once", "padded"]
+
+
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     if request.param == "padded":
         monkeypatch.setattr(PriorPeftModel, "packs", lambda self, training: False)
@@ -77,10 +80,11 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "architecture, way, side, lengths, count, accumulation",
+    pairwise(CONFIGS, WAYS, ["left", "right"], LENGTHS, [1, 6], [1, 2]),
+    indirect=["way"],
+)
 def test_loss_and_gradient_are_those_of_stocks_rows_alone(architecture, way, side, lengths, count, accumulation):
     model = tuned(make_model(architecture), count)
     without_dropout(model)
@@ -161,6 +165,14 @@ def test_only_what_predicts_an_answer_is_computed():
         text.of([0, 1, 2]), Supervision.of(batch["labels"][:3], batch["attention_mask"][:3]), [(5, [0, 1, 2])]
     )
     assert [stretch.length for stretch in shared.stretches] == [5 + 2, 1, 3, 6]
+
+
+def test_a_layout_serves_layers_on_several_devices():
+    layout = Layout([Stretch(3), Stretch(2, 0), Stretch(4, 0)], 0)
+    for device in ("cpu", "meta", "cpu"):
+        like = torch.zeros(1, device=device)
+        for part in (layout.triangle(None, like), layout.triangle(2, like), *layout.padded(None, like)):
+            assert part.device.type == device
 
 
 def test_positions_that_the_caller_gives_are_kept(way):

@@ -59,7 +59,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     script.write_text(code)
     commands = {
         1: [sys.executable, str(script)],
-        2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)],
+        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
     }
     states = {}
     for processes, command in commands.items():
