@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .data import IGNORED, pad, prompts_of, tokenize
+from .data import IGNORED, padded_text, prompts_of, tokenize
 
 
 Metrics = Callable[[list[str], list[Any]], dict[str, float]]
@@ -74,10 +74,9 @@ def score_choices(
             texts = sorted(group, key=len)
             for first in range(0, len(texts), batch_size):
                 chunk = texts[first : first + batch_size]
-                ids = pad([list(text) for text in chunk], tokenizer.pad_token_id or 0, "right").to(device)
-                mask = pad([[1] * len(text) for text in chunk], 0, "right").to(device)
-                scored = ids.shape[1] - length + 1
-                logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=scored).logits[:, -scored:]
+                texts_of = padded_text([list(text) for text in chunk], tokenizer.pad_token_id or 0, "right", device)
+                scored = texts_of["input_ids"].shape[1] - length + 1
+                logits = model(**texts_of, logits_to_keep=scored).logits[:, -scored:]
                 log_probs = logits.float().log_softmax(-1).cpu()
                 for text, row_log_probs in zip(chunk, log_probs, strict=True):
                     for number, index, target in group[text]:

@@ -92,9 +92,14 @@ def prompts_of(
     """The part of each row that comes before its first supervised token, without padding."""
     prompts = []
     for row, mask, targets in zip(input_ids, attention_mask, labels, strict=True):
-        first = next((index for index, label in enumerate(targets) if label != IGNORED), len(targets))
+        first = answer_start(targets)
         prompts.append([token for token, kept in zip(row[:first], mask[:first], strict=True) if kept])
     return prompts
+
+
+def answer_start(labels: list[int]) -> int:
+    """Where a row's first supervised token stands; its length if it has none."""
+    return next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def pad(rows: list[list[int]], value: int, side: Literal["left", "right"]) -> Tensor:
@@ -102,3 +107,11 @@ def pad(rows: list[list[int]], value: int, side: Literal["left", "right"]) -> Te
     length = max(1, *map(len, rows)) if rows else 1
     fills = [[value] * (length - len(row)) for row in rows]
     return torch.tensor([fill + row if side == "left" else row + fill for fill, row in zip(fills, rows, strict=True)])
+
+
+def padded_text(
+    rows: list[list[int]], pad_token_id: int, side: Literal["left", "right"], device: torch.device
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` `[B, L]` of rows of different lengths."""
+    mask = pad([[1] * len(row) for row in rows], 0, side)
+    return {"input_ids": pad(rows, pad_token_id, side).to(device), "attention_mask": mask.to(device)}

@@ -1,9 +1,9 @@
 """Answers and their likelihood, for any causal language model with or without a prompt."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from .choices import Metrics, metrics_by_likelihood
-from .data import IGNORED, pad, prompts_of, tokenize
+from .data import IGNORED, answer_start, pad, padded_text, prompts_of, tokenize
 
 
 @dataclass
@@ -54,52 +54,51 @@ def answer(
     device = next(model.parameters()).device
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    fills = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
     rows = list(tokenize(dataset, tokenizer, context and context - virtual - max_new_tokens))
-    # Prompts of one length together: their batches need no padding before the answer, which stock PEFT's positions
-    # do not allow for, and their answers start at one position, so the head computes nothing before it.
-    groups: dict[int, list[int]] = defaultdict(list)
-    prompts = prompts_of(*([row[name] for row in rows] for name in ("input_ids", "attention_mask", "labels")))
-    for index, prompt in enumerate(prompts):
-        groups[len(prompt)].append(index)
+    prompts = prompts_of(*([row[name] for row in rows] for name in fills))
+    # From the first token of the answer on.
+    ends = [{name: list(row[name])[answer_start(row["labels"]) :] for name in fills} for row in rows]
+    longest = max(map(len, prompts), default=0) + max((len(end["labels"]) for end in ends), default=0)
+    # Padding between prompts and answers: answers start at one position, and the head computes nothing before it. Stock
+    # PEFT's positions do not allow for padding before the answer, nor does MPT: they get prompts of one length together.
+    pads = hasattr(model, "cached_prompt") and model.config.model_type != "mpt"
+    batches = _by_length(prompts, batch_size, pads and (not context or virtual + longest <= context))
     total, tokens = 0.0, 0
     predictions = [""] * len(rows)
     cached_prompt = getattr(model, "cached_prompt", nullcontext)
     with cached_prompt(), tqdm(total=len(rows), desc=desc, leave=False) as progress:
-        for length, group in sorted(groups.items()):
-            for start in range(0, len(group), batch_size):
-                chunk = group[start : start + batch_size]
-                # On the right whatever the tokenizer's side, so that answers start at one position.
-                ids, mask, labels = (
-                    pad([rows[index][name] for index in chunk], fill, "right").to(device)
-                    for name, fill in (
-                        ("input_ids", tokenizer.pad_token_id),
-                        ("attention_mask", 0),
-                        ("labels", IGNORED),
-                    )
-                )
-                labels = labels[:, length:]
-                logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=labels.shape[1] + 1).logits[
-                    :, -labels.shape[1] - 1 : -1
-                ]
-                nll = nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-                )
-                total, tokens = total + nll.item(), tokens + int((labels != IGNORED).sum())
-                generated = model.generate(
-                    input_ids=ids[:, :length],
-                    attention_mask=mask[:, :length],
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                texts = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
-                for index, text in zip(chunk, texts, strict=True):
-                    predictions[index] = text
-                progress.update(len(chunk))
+        for batch in batches:
+            before = padded_text([prompts[index] for index in batch], tokenizer.pad_token_id, "left", device)
+            after = {
+                name: pad([ends[index][name] for index in batch], fill, "right").to(device)
+                for name, fill in fills.items()
+            }
+            labels = after.pop("labels")
+            whole = {name: torch.cat([before[name], part], dim=1) for name, part in after.items()}
+            logits = model(**whole, logits_to_keep=labels.shape[1] + 1).logits[:, -labels.shape[1] - 1 : -1]
+            nll = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            total, tokens = total + nll.item(), tokens + int((labels != IGNORED).sum())
+            generated = model.generate(
+                **before, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+            generated = generated[:, before["input_ids"].shape[1] :]
+            for index, text in zip(batch, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+                predictions[index] = text
+            progress.update(len(batch))
     references = _answers(dataset) or [
         tokenizer.decode([t for t in row["labels"] if t != IGNORED], skip_special_tokens=True) for row in rows
     ]
     return Answers(total / max(tokens, 1), predictions, references)
+
+
+def _by_length(prompts: list[list[int]], batch_size: int, mixed: bool) -> list[list[int]]:
+    """Which prompts go together: about one length a batch, or exactly one."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    groups = [order] if mixed else [list(group) for _, group in groupby(order, key=lambda index: len(prompts[index]))]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
 def _answers(dataset: Any) -> list[list[str]] | None:

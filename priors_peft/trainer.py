@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from .callback import PriorCallback, suffix, weight_at
-from .data import IGNORED, count_supervised_tokens, pad, prompts_of, tokenize
+from .data import IGNORED, count_supervised_tokens, padded_text, prompts_of, tokenize
 from .files import check_writable
 from .hub.trainer import HubTrainer
 from .inference.map import choose_weight, weight_factor
@@ -359,16 +359,14 @@ class PriorTrainer(HubTrainer):
             # Room for the answer within the context, at the cost of the prompt's start as in training.
             room = max(1, self._max_length - self.args.max_new_tokens)
             rows = [row[-room:] for row in rows]
-        ids = pad(rows, self.processing_class.pad_token_id, "left").to(self.args.device)
-        mask = pad([[1] * len(row) for row in rows], 0, "left").to(self.args.device)
+        prompts = padded_text(rows, self.processing_class.pad_token_id, "left", self.args.device)
         generated = self.accelerator.unwrap_model(model).generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **prompts,
             max_new_tokens=self.args.max_new_tokens,
             do_sample=False,
             pad_token_id=self.processing_class.pad_token_id,
         )
-        return generated[:, ids.shape[1] :]
+        return generated[:, prompts["input_ids"].shape[1] :]
 
 
 def _check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> None:
