@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from . import __version__
+from .names import unknown
 
 
 COMMANDS = {
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"command must be one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
+        print(f"command must be {unknown(command, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         importlib.import_module(f"{__package__}.commands.{command}").main(rest)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from peft import PeftType
 from peft.config import PromptLearningConfig
 
+from .names import check_choice, unknown
+
 
 @dataclass
 class PriorConfig(PromptLearningConfig):
@@ -67,8 +69,7 @@ class PriorConfig(PromptLearningConfig):
             "coordinates": ("whitened", "plain"),
             "inference": ("map",),
         }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
         if self.prior_weight != "auto" and not (
             isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
         ):
@@ -79,7 +80,8 @@ class PriorConfig(PromptLearningConfig):
             prior_class(self.prior)
         if isinstance(self.reference, str) and self.reference not in ("vocabulary", "activations", "adapters"):
             raise ValueError(
-                f"reference must be vocabulary, activations, adapters, or a tensor [n, d], got {self.reference!r}"
+                "reference must be a tensor [n, d] or "
+                + unknown(self.reference, ("vocabulary", "activations", "adapters"))
             )
         if self.prior == "empirical" and isinstance(self.reference, str) and self.reference != "adapters":
             raise ValueError(f'prior="empirical" is fitted on reference="adapters", got {self.reference!r}')

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .config import PriorConfig
 from .files import atomic_path, cache_dir
+from .names import check_choice
 from .priors import Moments, Prior, own_prior, prior_class
 from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
 from .prompt import PriorPromptEncoder
@@ -106,6 +107,9 @@ def _references(
         return [tuple(reference)] * len(layers), [
             Provenance.of("tensor", layer, part) for part in reference for layer in layers
         ]
+    known = {"adapters": ["adapters"], "activations": ["data", "num_tokens", "max_length", "batch_size"]}
+    for key in settings:
+        check_choice(f"a key in reference_kwargs of reference={reference!r}", key, known.get(reference, ["data"]))
     if reference == "adapters":
         return _trained(settings, layers, config)
     if reference == "activations":

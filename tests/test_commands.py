@@ -50,6 +50,19 @@ def test_train_then_evaluate_on_a_users_file(base, rows, tmp_path, capsys):
     assert "NLL (nats/token)" in capsys.readouterr().out
 
 
+def test_evaluate_knows_the_task_and_the_rows_held_out_in_training(base, tmp_path):
+    (tmp_path / "prompts.csv").write_text("act,prompt\n" + "".join(f"{n},what is {n}\n" for n in range(30)))
+    data = ["--data_dir", str(tmp_path)]
+    flags = ["--model", base, "--task", "prompts", *data, "--num_eval", "5", "--split_seed", "3", "--max_steps", "1"]
+    template = ["--task_kwargs", '{"template": "Question: {act} plus"}', "--use_cpu", "--disable_tqdm", "true"]
+    assert main(["train", *flags, *template, "--num_virtual_tokens", "4", "--output_dir", str(tmp_path / "out")]) == 0
+    trained = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert main(["evaluate", str(tmp_path / "out"), *data]) == 0
+    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert kept["num_rows"] == 5
+    assert kept["figures"]["this prompt"]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
+
+
 def test_deep_training_resumes(base, rows, tmp_path):
     flags = ("--tuning", "deep", "--layers", "0,-1", "--save_steps", "1", "--prior_kwargs", '{"shrinkage": 0.5}')
     assert train(base, rows, tmp_path / "out", *flags) == 0
@@ -73,6 +86,20 @@ def test_flags_win_over_the_recipe(tmp_path):
     assert prompt.prior_kwargs == {"scale": 0.02}
 
 
+def test_a_recipes_values_mean_what_they_mean_after_a_flag(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "save_strategy: no\nlayers: [0, -1]\nmax_length: null\nreport_to: [none]\nmax_grad_norm: 1e3\nbf16: no\n"
+    )
+    dataclasses = (PromptArguments, TrainingArguments)
+    prompt, args = parse(dataclasses, [str(recipe)], "priors-peft train")
+    assert (args.save_strategy, args.max_length, args.max_grad_norm, args.bf16) == ("no", None, 1000.0, False)
+    flags = ["--save_strategy", "no", "--layers", "0,-1", "--report_to", "none", "--max_grad_norm", "1e3"]
+    as_flags = parse(dataclasses, flags, "priors-peft train")
+    assert prompt == as_flags[0] and prompt.layers == [0, -1]
+    assert (args.report_to, args.save_strategy) == (as_flags[1].report_to, as_flags[1].save_strategy)
+
+
 @pytest.mark.parametrize(
     "recipe", sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml")), ids=lambda path: path.stem
 )
@@ -83,9 +110,25 @@ def test_recipes_parse(recipe):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("model: m\n# note\nlearning_rat: 1\n", "line 3: 'learning_rat' is no flag; did you mean 'learning_rate'?"),
-        ("- model\n", "must map flags to values, got list"),
-        ("model: [", "must be YAML"),
+        ("model: m\n# note\nlearning_rat: 1\n", "line 3: 'learning_rat' is no flag. Did you mean 'learning_rate'?"),
+        ("- model\n", "must map flags to values, as in `task: squad`, got list"),
+        ("# nothing\n", "must map flags to values, as in `task: squad`, got an empty file"),
+        ("model: [", "recipe.yaml must be YAML, got: while parsing a flow node expected the node content"),
+        ("model: m\nseed: 1\nmodel: n\n", "line 3: 'model' must be given once, got it in line 1 too"),
+        ("task_kwargs:\n  a: 1\n  a: 2\n", "line 3: 'a' must be given once, got it in line 2 too"),
+        (
+            "task: math\nlearning_rate: high\n",
+            "line 2: argument --learning_rate/--learning-rate: invalid float value: 'high'",
+        ),
+        (
+            "num_virtual_tokens: 2.5\n",
+            "line 1: argument --num_virtual_tokens/--num-virtual-tokens: invalid int value: '2.5'",
+        ),
+        ("bf16: maybe\n", "line 1: argument --bf16: Truthy value expected: got maybe"),
+        ("save_strategy: noo\n", "line 1: argument --save_strategy/--save-strategy: invalid choice: 'noo'"),
+        ("num_train: [1]\n", "line 1: num_train must be a single value, got [1]"),
+        ("model: {m: 1}\n", "line 1: model must be a single value, got {'m': 1}"),
+        ("max_steps:\n", "line 1: max_steps must be a single value, got None"),
     ],
 )
 def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
@@ -99,15 +142,27 @@ def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
     "flags, message",
     [
         (["--model", ""], "model must be given"),
-        (["--prior_wieght", "0"], "'--prior_wieght' is no flag; did you mean 'prior_weight'?"),
-        (["--max_step", "2"], "'--max_step' is no flag; did you mean 'max_steps'?"),
-        (["--prior", "structure"], "prior must be one of"),
+        (["--prior_wieght", "0"], "'--prior_wieght' is no flag. Did you mean 'prior_weight'?"),
+        (["--max_step", "2"], "'--max_step' is no flag. Did you mean 'max_steps'?"),
+        (
+            ["--prior", "structure"],
+            "prior must be a Prior object or one of empirical, exclusion, gaussian, interpolation, structured, text, "
+            "got 'structure'. Did you mean 'structured'?",
+        ),
+        (["--tuning", "Sof"], "tuning must be one of soft, deep, got 'Sof'. Did you mean 'soft'?"),
+        (["--reference", "vocab"], "got 'vocab'. Did you mean 'vocabulary'?"),
+        (["--reference_kwargs", '{"dat": 1}'], "must be one of data, got 'dat'. Did you mean 'data'?"),
+        (["--task_kwargs", '{"promt_column": "p"}'], "got promt_column='p'. Did you mean 'prompt_column'"),
+        (["--learning_rate", "high"], "argument --learning_rate/--learning-rate: invalid float value: 'high'"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens must be >= 1, got 0"),
         (["--layers", "first"], "layers must be all or numbers like 0,-3,-2,-1, got 'first'"),
         (["--prior_kwargs", "{"], "prior_kwargs must be a JSON object"),
         (["--dtype", "int4"], "dtype must be float32, bfloat16 or float16, got 'int4'"),
-        (["--task", "maths"], "maths"),
-        (["--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--task", "maths"],
+            "task must be one of completions, math, prompts, squad, superglue, got 'maths'. Did you mean 'math'?",
+        ),
+        (["--train_file", "nowhere.jsonl"], "train_file must be an existing file, got 'nowhere.jsonl'"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, base, rows, tmp_path, capsys):

@@ -275,7 +275,7 @@ def test_num_items_in_batch_divides_the_sum():
         ({"num_virtual_tokens": -3}, "num_virtual_tokens must be >= 1, got -3"),
         ({"num_virtual_tokens": 128}, "num_virtual_tokens must leave room for text in the model's context of 128"),
         ({"tuning": "wide"}, "tuning must be one of soft, deep, got 'wide'"),
-        ({"prior": "gausian"}, "prior must be one of .*gaussian.*got 'gausian'"),
+        ({"prior": "gausian"}, "prior must be a Prior object or one of .*got 'gausian'. Did you mean 'gaussian'"),
         ({"prior_weight": -1.0}, 'prior_weight must be a number >= 0 or "auto", got -1.0'),
         ({"layers": [0, 1]}, 'layers must be None or \\[0\\] for tuning="soft"'),
         ({"tuning": "deep", "layers": [1]}, "layers must contain 0"),

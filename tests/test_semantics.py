@@ -203,7 +203,7 @@ def test_the_study_runs_from_nothing_to_a_report_and_goes_on(tmp_path, recipe, m
         (["--tasks", "rte", "math"], "tasks must be SuperGLUE's, .* got 'math'"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
         (["--task_kwargs", '{"cb": {}}'], "task_kwargs must give settings by task, .*, got superglue:cb"),
-        (["--sedes", "2"], "'--sedes' is no flag; did you mean 'seeds'"),
+        (["--sedes", "2"], "'--sedes' is no flag. Did you mean 'seeds'"),
     ],
 )
 def test_bad_flags_are_named(recipe, flags, message, tmp_path):

@@ -165,7 +165,7 @@ def test_generated_answers_are_measured_too(place, tmp_path):
         (["--own", *["rtee"] * 6], {}, "task must be one of"),
         (["--metric", "f1"], {}, "metric must be one of accuracy_by_likelihood, nll, choice_nll, got 'f1'"),
         (["--task_kwargs", '{"wsc": {}}'], {}, "task_kwargs must be of tasks among .*, got superglue:wsc"),
-        (["--batch_sise", "3"], {}, "'--batch_sise' is no flag; did you mean 'batch_size'"),
+        (["--batch_sise", "3"], {}, "'--batch_sise' is no flag. Did you mean 'batch_size'"),
         ([], {"adapters": ["base"]}, "model_id must be an adapter"),
     ],
 )

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Result, canonical_order, check_at_least, check_choice, check_points
+from ..names import check_choice
+from .common import Result, canonical_order, check_at_least, check_points
 
 
 POOLS = ("mean", "last")

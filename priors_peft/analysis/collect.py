@@ -10,8 +10,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..hub.adapter import read_task
+from ..names import check_choice
 from ..priors import prior_family
-from .common import check_at_least, check_choice, plain
+from .common import check_at_least, plain
 from .geometry import geometry_series, token_geometry
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
 from .projected import project

@@ -1,7 +1,7 @@
 """What all analyses share: results that turn into JSON, checks of arguments, and orders and samples without chance."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -35,12 +35,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.to_dict() if is_dataclass(value) else value  # type: ignore[union-attr]
-
-
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise `ValueError` unless `value` is one of `choices`."""
-    if value not in (choices := list(choices)):
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_at_least(name: str, value: Any, least: int, why: str = "") -> None:

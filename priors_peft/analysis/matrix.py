@@ -16,8 +16,8 @@ from ..choices import score_choices, scored_metrics
 from ..evaluation import answer
 from ..files import write_json
 from ..model import PriorPeftModel
+from ..names import check_choice
 from ..tasks import Task
-from .common import check_choice
 from .measure import neuron_activations
 from .transfer import activation_overlap, prompt_similarities, transfer_correlation, transfer_summary
 

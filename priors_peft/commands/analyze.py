@@ -8,11 +8,11 @@ from typing import Any
 
 from ..analysis import claims
 from ..analysis.collect import analyze
-from ..analysis.common import check_choice
 from ..analysis.sources import base_model_of, read_sources
 from ..analysis.tokens import METRICS
 from ..evaluation import best_device
 from ..files import check_writable, write_json
+from ..names import check_choice
 from ..tasks import load_task
 from ..tasks.base import full_name
 from .arguments import ModelArguments, TaskArguments, parse, parse_object

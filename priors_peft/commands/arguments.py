@@ -1,15 +1,15 @@
 """Flags and recipe files: both set the fields of the same dataclasses, and a flag wins over the file."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..names import did_you_mean
 from ..tasks.base import full_name
 
 
@@ -65,7 +65,9 @@ class PromptArguments:
     reference_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Its settings as JSON: {"tasks": ["math"]}, {"adapters": [...]}'}
     )
-    layers: str | None = field(default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"})
+    layers: list[int] | str | None = field(
+        default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"}
+    )
     coordinates: str = field(default="whitened", metadata={"help": "whitened or plain"})
     prior_weight: str = field(default="1", metadata={"help": "1 MAP, 0 prior for initialization only; or auto"})
 
@@ -79,7 +81,7 @@ class PromptArguments:
                 raise ValueError(f"prior_weight must be a number >= 0 or auto, got {self.prior_weight!r}") from None
         if isinstance(self.layers, str) and self.layers != "all":
             try:
-                self.layers = [int(layer) for layer in self.layers.split(",")]  # type: ignore[assignment]
+                self.layers = [int(layer) for layer in self.layers.split(",")]
             except ValueError:
                 raise ValueError(f"layers must be all or numbers like 0,-3,-2,-1, got {self.layers!r}") from None
 
@@ -109,11 +111,12 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
         One value for each positional argument (a list for `...`), then one object for each dataclass.
 
     Raises:
-        ValueError: The recipe is no mapping, or has a key that is no flag; its line is named.
+        ValueError: A flag is unknown or has no value of its type, in the recipe too, where the line is named; or the recipe
+            is no mapping.
     """
     names = ", ".join(name.upper() for name in positional)
     usage = " ".join(filter(None, [prog, names.replace(",", ""), "[RECIPE.yaml] [--FLAG VALUE ...]"]))
-    parser = HfArgumentParser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)
+    parser = _Parser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)
     words = []
     while arguments and not arguments[0].startswith("-"):
         words.append(arguments[0])
@@ -122,14 +125,19 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     values = [word for word in words if word not in recipes]
     if len(recipes) > 1:
         raise ValueError(f"at most one recipe must be given, got {recipes}")
-    known = {item.name for dataclass in dataclasses for item in fields(dataclass) if item.init}
+    known = {
+        item.name: get_type_hints(dataclass)[item.name]
+        for dataclass in dataclasses
+        for item in fields(dataclass)
+        if item.init
+    }
     if recipes:
-        parser.set_defaults(**read_recipe(recipes[0], known))
+        parser.set_defaults(**read_recipe(recipes[0], parser, known))
     *objects, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     while rest and len(values) < len(positional) and not rest[0].startswith("-"):
         values.append(rest.pop(0))
     if rest:
-        raise ValueError(f"{rest[0]!r} is no flag{_nearest(rest[0].lstrip('-').replace('-', '_'), known)}")
+        raise ValueError(f"{rest[0]!r} is no flag{did_you_mean(rest[0].lstrip('-').replace('-', '_'), known, 1)}")
     many = bool(positional) and positional[-1].endswith("...")
     if len(values) != len(positional) and not (many and len(values) > len(positional)):
         raise ValueError(f"{names or 'no positional argument'} must be given, got {values}")
@@ -138,26 +146,61 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     return [*values, *objects]
 
 
-def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
-    """The keys and values of a recipe file."""
+class _Parser(HfArgumentParser):
+    """Says what is wrong with a flag in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def read_recipe(path: str, parser: _Parser, hints: dict[str, Any]) -> dict[str, Any]:
+    """The keys and values of a recipe file; `hints` are the types of the known keys.
+
+    A plain value means what it means after the key's flag on the command line: `save_strategy: no` is no boolean, and
+    `learning_rate: 1e-2` no text.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"the recipe must be a YAML file, got {path!r}, which does not exist")
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        node = yaml.compose(text)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got: {error}") from error
+        with open(path, encoding="utf-8") as file:
+            loader = yaml.SafeLoader(file)
+            node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from error
     if node is None or not isinstance(values, dict):
-        raise ValueError(f"{path} must map flags to values, got {type(values).__name__}")
-    for key, _ in node.value:
-        if key.value not in known:
-            raise ValueError(
-                f"{path}, line {key.start_mark.line + 1}: {key.value!r} is no flag{_nearest(key.value, known)}"
-            )
+        got = "an empty file" if values is None else type(values).__name__
+        raise ValueError(f"{path} must map flags to values, as in `task: squad`, got {got}")
+    _check_twice(path, node)
+    for key, value in node.value:
+        name, where = key.value, f"{path}, line {key.start_mark.line + 1}"
+        if name not in hints:
+            raise ValueError(f"{where}: {name!r} is no flag{did_you_mean(name, hints, 1)}")
+        # What flags can't say: nothing, lists and mappings, where the type allows them.
+        kinds = {yaml.SequenceNode: "list", yaml.MappingNode: "dict"}
+        kind = "None" if values[name] is None else kinds.get(type(value))
+        if kind is None:
+            try:
+                values[name] = vars(parser.parse_args([f"--{name}={value.value}"]))[name]
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        elif kind not in str(hints[name]):
+            raise ValueError(f"{where}: {name} must be a single value, got {values[name]!r}")
     return values
 
 
-def _nearest(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _check_twice(path: str, node: yaml.Node) -> None:
+    """Refuse a key that a mapping has twice, of which YAML would silently take the last."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_twice(path, item)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"{path}, line {line}: {key.value!r} must be given once, got it in line {lines[key.value]} too"
+                )
+            lines[key.value] = line
+            _check_twice(path, value)

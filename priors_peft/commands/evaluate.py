@@ -11,7 +11,7 @@ from ..hub.adapter import read_adapter, read_task
 from ..hub.card import EVALUATION, write_card
 from ..model import PriorPeftModel
 from ..tasks import Task
-from .arguments import ModelArguments, TaskArguments, parse
+from .arguments import ModelArguments, TaskArguments, parse, parse_object
 from .train import base_model_from, room_for_text, task_from
 
 
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> None:
     if model_arguments.model is None:
         model_arguments.model, model_arguments.model_revision = config.base_model_name_or_path, config.revision
     base, tokenizer = base_model_from(model_arguments, best_device())
+    _as_trained(adapter, task_arguments)
     task = task_from(task_arguments, tokenizer, room_for_text(base, config.num_virtual_tokens))
     if task.eval is None:
         raise ValueError(f"task must have evaluation rows, got {task.name!r} without any")
@@ -50,6 +51,20 @@ def main(arguments: list[str]) -> None:
     _keep(adapter, task, {"this prompt" if name == adapter else name: of for name, of in figures.items()})
     if args.output_file:
         write_json(args.output_file, figures)
+
+
+def _as_trained(adapter: str, arguments: TaskArguments) -> None:
+    """Without a task among the flags, the one the adapter was trained on, with the rows that were held out then."""
+    facts = read_task(adapter)
+    if facts is None or arguments.task or arguments.train_file or arguments.dataset:
+        return
+    arguments.task = facts.get("task")
+    arguments.task_kwargs = parse_object("task_kwargs", facts.get("task_kwargs")) | parse_object(
+        "task_kwargs", arguments.task_kwargs
+    )
+    arguments.split_seed = arguments.split_seed or facts.get("split_seed", 0)
+    if arguments.num_eval is None:
+        arguments.num_eval = facts.get("num_eval")
 
 
 def _keep(adapter: str, task: Task, figures: dict[str, dict[str, float]]) -> None:

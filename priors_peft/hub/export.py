@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_folder, atomic_path, write_json
+from ..names import check_choice
 from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, stock_adapter
 from .loading import base_model_of, load_tuned
 from .reading import required
@@ -56,8 +57,7 @@ def export_adapter(
         FileExistsError: `out` is taken.
         OSError: The adapter or the base model is out of reach, or `out` can't be written.
     """
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    check_choice("to", to, FORMATS)
     out = Path(out)
     saved = read_adapter(adapter, **hub_arguments)
     if saved.config.tuning == "deep" and not FORMATS[to]:

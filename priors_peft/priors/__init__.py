@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from ..names import unknown
 from .base import Prior
 from .block import BlockPrior
 from .distribution import DistributionPrior, own_prior
@@ -35,7 +36,7 @@ def prior_class(name: str) -> type[Prior]:
         ValueError: There is no such family.
     """
     if name not in prior_names():
-        raise ValueError(f"prior must be one of {', '.join(prior_names())} or a Prior object, got {name!r}")
+        raise ValueError(f"prior must be a Prior object or {unknown(name, prior_names())}")
     return getattr(importlib.import_module(f"{__name__}.{name}"), f"{name.capitalize()}Prior")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -10,6 +9,8 @@ import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ..names import did_you_mean, unknown
 
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def full_name(name: str) -> str:
         return f"{task}:{subtask.lower()}"
     owners = [task for task in task_names() if name.lower() in _subtasks(task)]
     if len(owners) > 1:
-        raise ValueError(f"task must be one of {', '.join(f'{task}:{name.lower()}' for task in owners)}; got {name!r}")
+        raise ValueError(f"task must be one of {', '.join(f'{task}:{name.lower()}' for task in owners)}, got {name!r}")
     if not owners:
         raise ValueError(f"task must be {unknown(name, task_names())}")
     return f"{owners[0]}:{name.lower()}"
@@ -122,16 +123,9 @@ def load_task(
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if key not in taken:
-            raise TypeError(f"task {name!r} takes {', '.join(taken)}, got {key}={given[key]!r}. Leave {key} out")
+            hint = did_you_mean(key, taken) or f". Leave {key} out"
+            raise TypeError(f"task {name!r} takes {', '.join(taken)}, got {key}={given[key]!r}{hint}")
     return load(**given)
-
-
-def unknown(name: str, valid: Iterable[str]) -> str:
-    """The end of an error about a name that is not among `valid`: what was expected, what was got, what was meant."""
-    valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    hint = f". Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"one of {', '.join(valid)}; got {name!r}{hint}"
 
 
 def check_template(template: str, fields: Iterable[str], argument: str = "template") -> None:

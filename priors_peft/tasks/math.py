@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_path, cache_dir
-from .base import Task, check_template, follow, prompt_completion, unknown
+from ..names import check_choice, unknown
+from .base import Task, check_template, follow, prompt_completion
 from .metrics import completion_metrics
 
 
@@ -65,10 +66,9 @@ def load(
         ImportError: If the questions must be generated and `mathematics-dataset` is not installed.
     """
     check_template(template, ("question",))
-    if eval_split not in EVAL_SPLITS:
-        raise ValueError(f"eval_split must be {unknown(str(eval_split), EVAL_SPLITS)}")
+    check_choice("eval_split", eval_split, EVAL_SPLITS)
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    names = [module] if "__" in module else _group(module, _known(folder, "interpolate"))
+    names = [module] if "__" in str(module) else _group(module, _known(folder, "interpolate"))
     tests = {name: name for name in names}
     if eval_split == "extrapolate" and num_eval:
         tests = _extrapolations(names, _known(folder, "interpolate"), _known(folder, "extrapolate"))

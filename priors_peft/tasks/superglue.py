@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import Task, check_template, follow, longest, prompt_completion, unknown
+from ..names import unknown
+from .base import Task, check_template, follow, longest, prompt_completion
 from .files import Placed, find_file, hold_out, keep, load_hub, read_rows, split_rows, text_of
 from .metrics import exact_match, first_line, macro_f1
 
@@ -117,7 +118,7 @@ def load(
         OSError: If the data set can't be reached.
     """
     if not isinstance(subtask, str) or subtask.lower() not in SUBTASKS:
-        raise ValueError(f"subtask must be {unknown(str(subtask), SUBTASKS)}")
+        raise ValueError(f"subtask must be {unknown(subtask, SUBTASKS)}")
     name, spec = subtask.lower(), SUBTASKS[subtask.lower()]
     template = spec.template if template is None else template
     check_template(template, spec.fields)
@@ -169,7 +170,7 @@ def _verbalizer(name: str, spec: Subtask, given: dict[str, str] | None) -> dict[
     }
     for key in texts:
         if key not in spec.verbalizer:
-            raise ValueError(f"a class in the verbalizer of {name} must be {unknown(str(key), spec.verbalizer)}")
+            raise ValueError(f"a class in the verbalizer of {name} must be {unknown(key, spec.verbalizer)}")
     missing = [key for key in spec.verbalizer if key not in texts]
     if missing:
         raise ValueError(

@@ -50,7 +50,7 @@ def test_names_lead_to_classes():
     assert prior_names() == ["empirical", "exclusion", "gaussian", "interpolation", "structured", "text"]
     for name in prior_names():
         assert prior_class(name).__name__ == f"{name.capitalize()}Prior"
-    with pytest.raises(ValueError, match="prior must be one of empirical, .* got 'cauchy'"):
+    with pytest.raises(ValueError, match="one of empirical, .* got 'cauchy'"):
         prior_class("cauchy")
 
 

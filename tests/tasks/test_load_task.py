@@ -45,7 +45,7 @@ def test_tasks_without_subtasks_are_their_own_names():
     [
         (
             "superglue:rtee",
-            "task must name a subtask after superglue: one of boolq, .* got 'rtee'. Did you mean 'rte'",
+            "task must name a subtask after superglue: one of rte, .* got 'rtee'. Did you mean 'rte'",
         ),
         ("math:rte", "task must name a subtask after math"),
         ("glue:rte", "task must be one of completions, .* got 'glue:rte'"),
@@ -63,7 +63,7 @@ def test_a_subtask_is_named_once():
 
 def test_a_subtask_of_several_tasks_must_be_told_apart(monkeypatch):
     monkeypatch.setattr(math, "SUBTASKS", {"rte": None}, raising=False)
-    with pytest.raises(ValueError, match="task must be one of math:rte, superglue:rte; got 'rte'"):
+    with pytest.raises(ValueError, match="task must be one of math:rte, superglue:rte, got 'rte'"):
         full_name("rte")
 
 
@@ -113,7 +113,7 @@ def test_what_follows_a_prompt():
 def test_values_with_braces_are_left_as_they_are():
     check_template("{{a}} {b}", ["b"])
     assert "{{a}} {b}".format(b="{c}") == "{a} {c}"
-    with pytest.raises(ValueError, match="must be one of b; got 'b:>10'"):
+    with pytest.raises(ValueError, match="must be one of b, got 'b:>10'"):
         check_template("{b:>10}", ["b"])
 
 

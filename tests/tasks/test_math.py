@@ -214,7 +214,7 @@ def test_only_some_modules_extrapolate():
         ValueError, match="'extrapolate' has questions for algebra__polynomial_roots, .*got module measurement__time"
     ):
         load_task("math", module="measurement__time", eval_split="extrapolate")
-    with pytest.raises(ValueError, match="eval_split must be one of extrapolate, interpolate; got 'extrapolation'"):
+    with pytest.raises(ValueError, match="eval_split must be one of extrapolate, interpolate, got 'extrapolation'"):
         load_task("math", eval_split="extrapolation")
 
 
@@ -226,7 +226,7 @@ def test_another_template():
     )
     for (prompt, answer), (question, bare) in zip(rows(plain.train), rows(other.train), strict=True):
         assert prompt == f"Question: {question}Answer:" and answer == f" {bare}"
-    with pytest.raises(ValueError, match="a field in template '{answer}' must be one of question; got 'answer'"):
+    with pytest.raises(ValueError, match="a field in template '{answer}' must be one of question, got 'answer'"):
         load_task("math", template="{answer}")
 
 
@@ -277,7 +277,7 @@ def test_published_files_with_too_few_questions(published, argument, count):
 
 
 def test_published_folder_without_the_module(published):
-    with pytest.raises(ValueError, match="module must be one of arithmetic__mul; got 'arithmetic__mull'"):
+    with pytest.raises(ValueError, match="module must be one of arithmetic__mul, got 'arithmetic__mull'"):
         load_task("math", module="arithmetic__mull", data_dir=str(published), num_train=3, num_eval=1)
 
 

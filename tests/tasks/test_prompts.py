@@ -59,7 +59,7 @@ def test_plain_text_by_an_empty_template(tmp_path):
             ROWS,
             ("act", "prompt"),
             {"template": "{acts}"},
-            "a field in template '{acts}' must be one of act; got 'acts'. Did you mean 'act'?",
+            "a field in template '{acts}' must be one of act, got 'acts'. Did you mean 'act'?",
         ),
     ],
 )

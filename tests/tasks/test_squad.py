@@ -217,9 +217,9 @@ def test_another_template(tmp_path):
     ("settings", "message"),
     [
         ({"version": "1.2"}, "version must be 1.1 or 2.0, got '1.2'"),
-        ({"template": "{contxt}"}, "a field in template '{contxt}' must be one of context, question; got 'contxt'. Did you mean 'context'?"),
+        ({"template": "{contxt}"}, "a field in template '{contxt}' must be one of context, question, got 'contxt'. Did you mean 'context'?"),
         ({"template": "{context.__class__}"}, "got 'context.__class__'"),
-        ({"template": "{}"}, "a field in template '{}' must be one of context, question; got ''"),
+        ({"template": "{}"}, "a field in template '{}' must be one of context, question, got ''"),
         ({"template": "{context"}, "template must be a Python format string"),
         ({"template": True}, "template must be text, got True (bool)"),
         ({"no_answer": "the"}, "no_answer must be text with a word in it"),

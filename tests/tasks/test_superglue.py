@@ -162,15 +162,15 @@ def test_another_template_and_verbalizer(archive):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"subtask": "rtee"}, "subtask must be one of boolq, cb, copa, rte, wic, wsc; got 'rtee'. Did you mean 'rte'?"),
-        ({"subtask": "multirc"}, "subtask must be one of boolq"),
+        ({"subtask": "rtee"}, "subtask must be one of rte, wsc, boolq, wic, cb, copa, got 'rtee'. Did you mean 'rte'?"),
+        ({"subtask": "multirc"}, "subtask must be one of rte, wsc"),
         ({"verbalizer": {"entailment": "yes"}}, "a text for each class of rte, got none for 'not_entailment'"),
-        ({"verbalizer": {"entailment": "a", "not_entailment": "b", "neutral": "c"}}, "a class in the verbalizer of rte must be one of entailment, not_entailment; got 'neutral'"),
+        ({"verbalizer": {"entailment": "a", "not_entailment": "b", "neutral": "c"}}, "a class in the verbalizer of rte must be one of entailment, not_entailment, got 'neutral'"),
         ({"verbalizer": {"entailment": True, "not_entailment": False}}, "verbalizer['entailment'] must be text, got True (bool). Put it in quotes"),
         ({"verbalizer": {"entailment": "a", "not_entailment": " a"}}, "must tell the classes of rte apart"),
         ({"verbalizer": {"entailment": "a", "not_entailment": " "}}, "verbalizer['not_entailment'] must not be empty"),
         ({"verbalizer": "yes"}, "verbalizer must map classes to texts, got 'yes'"),
-        ({"template": "{premis} {hypothesis}"}, "must be one of hypothesis, premise; got 'premis'. Did you mean 'premise'"),
+        ({"template": "{premis} {hypothesis}"}, "must be one of premise, hypothesis, got 'premis'. Did you mean 'premise'"),
         ({"eval_split": "test"}, "test.jsonl', line 1: a row must be labelled, got no label: SuperGLUE's test rows have none"),
     ],
 )  # fmt: skip
