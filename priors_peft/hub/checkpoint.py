@@ -158,21 +158,28 @@ def _skeleton(config: Any, trust_remote_code: bool) -> Any:
 
 def _vocabulary(model: Any) -> _Vocabulary:
     """Where a model's weights depend on its vocabulary."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     head = model.get_output_embeddings()
 
     def saved_name(module: nn.Module, parameter: str) -> str:
         """The name in files, which is the one in the model but for a few architectures."""
         module_name = next(name for name, other in model.named_modules() if other is module)
-        name = f"{module_name}.{parameter}"
-        return next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
+        return _name_in_files(model, f"{module_name}.{parameter}")
 
     return _Vocabulary(
         embedding=saved_name(model.get_input_embeddings(), "weight"),
         head=saved_name(head, "weight"),
         bias=saved_name(head, "bias") if getattr(head, "bias", None) is not None else None,
     )
+
+
+def _name_in_files(model: Any, name: str) -> str:
+    """The name under which `save_pretrained` writes a parameter; transformers has no public way to ask for it."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return next(iter(revert_weight_conversion(model, {name: torch.empty(1, device="meta")})))
+    except (ImportError, TypeError, StopIteration):
+        return name  # so it is for nearly all; for the others, `write_checkpoint` misses the tensor and says so
 
 
 def _scale(model: Any, dtype: torch.dtype) -> float:

@@ -53,6 +53,8 @@ def fetch_file(model_id: str | os.PathLike, filename: str, hub_arguments: dict[s
     try:
         return Path(hf_hub_download(str(model_id), filename, **hub_arguments))
     except LocalEntryNotFoundError as error:
+        if filename not in _downloaded(str(model_id), hub_arguments, filename):
+            return None
         raise FileNotFoundError(
             f"model_id must be a local folder or reachable on the Hub, got {str(model_id)!r}, which is neither here "
             f"nor in the cache, and the Hub can't be reached for {filename}"
@@ -61,6 +63,20 @@ def fetch_file(model_id: str | os.PathLike, filename: str, hub_arguments: dict[s
         raise FileNotFoundError(f"model_id must be an existing folder or a Hub id, got {str(model_id)!r}") from error
     except EntryNotFoundError:
         return None
+
+
+def _downloaded(model_id: str, hub_arguments: dict[str, Any], otherwise: str) -> set[str]:
+    """Files of a repository that was downloaded whole, as by `hf download`; of another it is not known: `otherwise`."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    where = {name: hub_arguments.get(name) for name in ("revision", "cache_dir")}
+    subfolder = hub_arguments.get("subfolder")
+    try:
+        files = {entry.path for entry in get_cached_repo_tree(model_id, **where)}
+    except CachedRepoTreeNotFoundError:
+        return {otherwise}
+    return {path.removeprefix(f"{subfolder}/") for path in files if not subfolder or path.startswith(f"{subfolder}/")}
 
 
 def required(model_id: str | os.PathLike, filename: str, hub_arguments: dict[str, Any]) -> Path:

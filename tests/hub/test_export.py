@@ -357,6 +357,20 @@ def test_a_base_model_without_safetensors_is_converted(case):
     assert not [path for path in (case / "out").iterdir() if path.is_dir()]
 
 
+def test_without_transformers_private_names_tensors_are_found_by_the_models_own(tmp_path, monkeypatch):
+    monkeypatch.delattr("transformers.core_model_loading.revert_weight_conversion")
+    for architecture, tied in (("llama", True), ("gpt2", False), ("neox", False)):
+        case = tmp_path / architecture
+        save_base(case / "base", architecture, tied)
+        save_adapter(case / "adapter", case / "base")
+        if architecture == "neox":  # its files call the head embed_out
+            with pytest.raises(ValueError, match="must keep lm_head.weight in its safetensors"):
+                export_adapter(case / "adapter", "checkpoint", case / "out")
+        else:
+            export_adapter(case / "adapter", "checkpoint", case / "out")
+            assert AutoModelForCausalLM.from_pretrained(case / "out").generation_config.suppress_tokens
+
+
 def test_what_the_base_suppresses_stays_suppressed(case):
     path = case / "base" / "generation_config.json"
     # A temperature without sampling: published files have it, and today's GenerationConfig would not save it.
