@@ -159,7 +159,7 @@ def card_text(
     Args:
         folder: The adapter's folder.
         repo_id: Where it is or will be on the Hub.
-        license: Its licence as the Hub names them; else what the present card says.
+        license: Its licence as the Hub names them; else what the present card says, else the base model's.
         language: Of the data; else what the present card says.
         tags: More tags.
         model_name: The title; else the repository's name, or what it is.
@@ -184,19 +184,44 @@ def card_text(
     given = [tags] if isinstance(tags, str) else tags or []
     kept_tags = [tag for tag in old_data.get("tags") or [] if not str(tag).startswith(("prior:", "task:"))]
     data.tags = list(dict.fromkeys([*(data.tags or []), *map(slug, given), *kept_tags]))
-    for name, value in (old_data | {"license": license or old_data.get("license")}).items():
+    given_data = {"license": license, "language": language}
+    own = old_data | {name: value for name, value in given_data.items() if value is not None}
+    for name, value in (own if own.get("license") else base_licence(facts) | own).items():
         if name not in _OWN_KEYS and value is not None:
             data[name] = value
-    if language is not None:
-        data.language = language
-    if data.license is None and facts.base_model == BUNDLED:
-        data.license = "apache-2.0"  # the base model's
     card = ModelCard.from_template(
         data,
         template_str=Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"),
         **sections,
     )
     return scrub(str(card).rstrip()) + f"\n\n{MARK}\n{own_text}"
+
+
+def base_licence(facts: Facts) -> dict[str, Any]:
+    """The licence of the base model in front matter, as its own card has it; empty where that card is not here.
+
+    It is looked for in the base model's folder and in the Hub's cache; a push puts it there.
+    """
+    import yaml
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+
+    if facts.base_model == BUNDLED:
+        return {"license": "apache-2.0"}
+    base = facts.stock.get("base_model_name_or_path") or ""
+    path: Any = Path(base, CARD)
+    if not path.is_file() and facts.base_model:
+        path = try_to_load_from_cache(facts.base_model, CARD, revision=facts.stock.get("revision"))
+    if not isinstance(path, (str, Path)):  # None, or a mark that the repository has none
+        return {}
+    try:
+        data = metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("The licence of %s can't be read (%s); the card names none", facts.base_model or base, error)
+        return {}
+    found = {name: plain(data[name]) for name in ("license", "license_name", "license_link") if data.get(name)}
+    if "://" not in found.get("license_link", "://"):
+        del found["license_link"]  # a file beside that model
+    return found
 
 
 def own_part(path: Path) -> tuple[dict[str, Any], str]:

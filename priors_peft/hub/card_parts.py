@@ -2,8 +2,10 @@
 
 import importlib
 import inspect
+import keyword
 import math
 import shlex
+import string
 from typing import TYPE_CHECKING, Any
 
 from ..analysis import claims
@@ -144,32 +146,50 @@ def snippets(facts: "Facts") -> list[dict[str, str]]:
     """Code that loads the prompt and lets it answer, with and without this package."""
     place = literal(facts.repo_id or ".")
     own = facts.adapters[facts.name][0]
-    subfolder = f", subfolder={literal(own)}" if own else ""
-    prompt = literal(facts.task.get("template") or "What comes before the answer")
+    where = place + (f", subfolder={literal(own)}" if own else "")
+    prompt, fields = _example(facts.task.get("template"))
     length = facts.task.get("max_new_tokens")
     length = length if isinstance(length, int) else 32
-    base = literal(facts.base_model or "path/to/the/base/model")
-    fields = " Put your own text where the braces are." if "{" in prompt else ""
     here = "" if facts.repo_id else " Run it in this folder."
+    elsewhere = bool(facts.repo_id and not facts.base_model)
+    theirs = f", base_model={literal('path/to/the/base/model')}" if elsewhere else ""
+    missing = " Its base model was a folder of its author's: say where yours is." if elsewhere else ""
     ours = f"""import priors_peft
 
-base, tokenizer = priors_peft.load_base_model({base})
-model = priors_peft.PriorPeftModel.from_pretrained(base, {place}{subfolder})
-inputs = tokenizer({prompt}, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens={length})
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-    shown = [{"text": f"With `priors_peft`.{here}{fields}", "code": ours}]
-    if facts.base_model and facts.base_model != BUNDLED:
+generator = priors_peft.pipeline("text-generation", {where}{theirs})
+prompt = {prompt}
+print(generator(prompt, max_new_tokens={length}, do_sample=False, return_full_text=False)[0]["generated_text"])"""
+    shown = [{"text": f"With `priors_peft`, as a `transformers` pipeline.{here}{missing}{fields}", "code": ours}]
+    if facts.base_model:
+        base = literal(BUNDLED_ORIGIN if facts.base_model == BUNDLED else facts.base_model)
+        revision = f", revision={literal(facts.stock['revision'])}" if facts.stock.get("revision") else ""
         stock = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {place}{subfolder})
-inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
-output = model.generate(**inputs, max_new_tokens={length})
-print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-        shown.append({"text": "With `peft` alone, the same:", "code": stock})
+tokenizer = AutoTokenizer.from_pretrained({base}{revision})
+base = AutoModelForCausalLM.from_pretrained({base}{revision})
+model = PeftModel.from_pretrained(base, {where})
+prompt = {prompt}
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+        same = ", on the original's weights" if facts.base_model == BUNDLED else ", the same"
+        shown.append({"text": f"With `peft` alone{same}:", "code": stock})
     return shown
+
+
+def _example(template: Any) -> tuple[str, str]:
+    """A prompt in Python, with a place for each of its template's fields, and what to say of those."""
+    if not isinstance(template, str):
+        return literal("What comes before the answer"), " Put your own text where the prompt is."
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        names = []
+    if not names or not all(name.isidentifier() and not keyword.iskeyword(name) for name in names):
+        return literal(template), " Put your own text where the prompt is."
+    values = ", ".join(f'{name}="…"' for name in dict.fromkeys(names))
+    return f"{literal(template)}.format({values})", " Put your own text where the dots are."
 
 
 # The prior.
@@ -195,7 +215,8 @@ def _prior(facts: "Facts") -> tuple[str, str]:
     )
     text = (
         f"{words} For each virtual token: {formula}.\n\nThe objective was `mean NLL − (prior_weight / N) · log p(θ)` in "
-        f"nats per answer token, with N the answer tokens of the training set. {pull} Training moved {moved}."
+        f"nats per answer token, with θ the prompt and N the answer tokens of the training set. {pull} Training moved "
+        f"{moved}."
     )
     count = facts.training.num_supervised_tokens
     return text, facts_table(

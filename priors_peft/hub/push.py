@@ -5,7 +5,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from ..files import atomic_path, sha256
 from ..snapshots import SNAPSHOTS
 from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, TASK_FILE
+from .base_model import BUNDLED
 from .card import ANALYSIS, CARD, EVALUATION, MARK, adapters_in, card_text, own_part, write_card
 from .facts import TRAINING, public_name, read_facts
 from .markdown import scrub
@@ -82,9 +83,10 @@ def push_folder(
     folder = Path(folder)
     check_whole(folder)
     api = HfApi(token=token, library_name="priors_peft")
-    with explained(folder, repo_id, private, revision, again):
+    with explained(folder, repo_id, private, revision, again, **card_options):
         repo_id = prepare_repo(api, repo_id, private, revision)
         adopt_card(api, repo_id, revision, folder)
+        _fetch_base_card(api, folder)
         facts = read_facts(folder)
         if (folder / TRAINING).is_file() and facts.repo_id != repo_id:
             facts.repo_id = repo_id
@@ -135,6 +137,15 @@ def adopt_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> 
             text = here + own if MARK in here else there.read_text(encoding="utf-8")
             with atomic_path(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+
+def _fetch_base_card(api: HfApi, folder: Path) -> None:
+    """Have the base model's card in the cache, where `card_text` finds its licence."""
+    stock = next(iter(adapters_in(folder).values()))[1]
+    base = public_name(stock.get("base_model_name_or_path"))
+    if base and base != BUNDLED:
+        with suppress(HTTPError, OSError, HFValidationError):  # a card without a licence is a card
+            api.hf_hub_download(base, CARD, revision=stock.get("revision"))
 
 
 def check_whole(folder: Path) -> None:
@@ -189,11 +200,21 @@ def _public(path: Path, base: str | None) -> Path | bytes:
     return path if json.loads(text) == json.loads(clean) else clean.encode()
 
 
-def retry_command(folder: str | os.PathLike, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """The command that pushes a folder again."""
+def retry_command(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    model_name: str | None = None,
+    **_: Any,
+) -> str:
+    """The command that pushes a folder again, with all of it that a command can say."""
     words = ["priors-peft", "push", str(folder), repo_id]
     words += ["--private"] if private else []
-    words += ["--revision", str(revision)] if revision else []
+    named = {"revision": revision, "license": license, "language": language, "model_name": model_name}
+    words += [word for name, value in named.items() if value for word in (f"--{name}", str(value))]
     return shlex.join(words)
 
 
@@ -204,6 +225,7 @@ def explained(
     private: bool | None = None,
     revision: str | None = None,
     again: str | None = None,
+    **card_options: Any,
 ) -> Iterator[None]:
     """Turn what the Hub and the network raise into a `PushError` that says what to do: `again`, or push again."""
     try:
@@ -211,7 +233,8 @@ def explained(
     except HFValidationError:
         raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        again = again or f"The folder is whole; to try again: {retry_command(folder, repo_id, private, revision)}"
+        command = retry_command(folder, repo_id, private, revision, **card_options)
+        again = again or f"The folder is whole; to try again: {command}"
         raise PushError(f"{str(folder)!r} was not pushed to {repo_id}: {what_happened(error)}. {again}") from error
 
 

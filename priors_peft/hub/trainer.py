@@ -148,13 +148,14 @@ class HubTrainer(Trainer):
             PushError: The Hub or the network failed; the folder is whole, and the message says how to try again.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
+        # First of all, so that the folder is whole whatever the Hub answers.
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
         self.create_model_card(**kwargs)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._finish_current_push()
         given = {key: kwargs[key] for key in ("language", "license", "tags", "model_name") if key in kwargs}
 
         def push() -> CommitInfo:

@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,13 +45,15 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to requests whose `METHOD /path` matches, so many times: an answer, or a cut after so many bytes."""
+    """What happens to requests whose `METHOD /path` matches, so many times: an answer, a cut after so many bytes, or what
+    was asked without an answer."""
 
     pattern: str
     times: int
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    lost: bool = False
 
 
 class LoopbackHub:
@@ -89,6 +93,10 @@ class LoopbackHub:
     def cut(self, pattern: str, after: int, times: int = 10**6) -> None:
         """Cut the connection of matching requests when so many bytes of their body were read."""
         self.faults.append(Fault(pattern, times, cut_after=after))
+
+    def lose(self, pattern: str, times: int = 10**6) -> None:
+        """Do what matching requests ask, and cut the connection in place of an answer."""
+        self.faults.append(Fault(pattern, times, lost=True))
 
     def create(self, repo_id: str, private: bool = False) -> Repo:
         """Make a repository with its first commit."""
@@ -155,16 +163,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.body = self._read()
-        if fault is not None:
+        if fault is not None and fault.lost:
+            self.wfile = io.BytesIO()
+            self._route(path)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault is not None:
             self._answer(fault.status, {"error": "a fault on demand"}, **fault.headers)
-            return
+        else:
+            self._route(path)
+
+    def _route(self, path: str) -> None:
         for method, pattern, name in self.routes:
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
-                with hub.lock:
+                with self.server.hub.lock:
                     getattr(self, name)(*map(unquote, filter(None, match.groups())))
                 return
-        self._answer(404, {"error": f"no such page: {request}"})
+        self._answer(404, {"error": f"no such page: {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 

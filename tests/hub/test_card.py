@@ -33,6 +33,9 @@ SHORT = ["--max_steps", "4", "--use_cpu", "--num_virtual_tokens", "4", "--disabl
 HOSTILE = "x\n---\n# Owned\n```\n<script>alert(1)</script> | `a` [b](http://c) {{ 7*7 }} <!-- --> \u202e\ud83d"
 
 
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
 def make_base(folder, name="base"):
     make_model().save_pretrained(folder / name)
     make_tokenizer().save_pretrained(folder / name)
@@ -66,6 +69,15 @@ def saved(folder, **settings):
     base.name_or_path = settings.pop("base", "user/base")
     get_prior_model(base, PriorConfig(num_virtual_tokens=4, **settings)).save_pretrained(folder)
     return folder
+
+
+def adapter_base(folder):
+    """A folder with a base model of its own that an adapter names."""
+    base = folder.parent / "its base"
+    base.mkdir()
+    path = folder / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | {"base_model_name_or_path": str(base)})
+    return base
 
 
 def figures(card):
@@ -153,12 +165,25 @@ def test_the_bundled_model_is_named_by_what_it_was_made_from(tmp_path, hub):
     card = ModelCard.load(saved(tmp_path, base=BUNDLED) / CARD)
     card.validate()
     assert card.data.base_model == BUNDLED_ORIGIN and card.data.license == "apache-2.0"
-    assert "4-bit copy" in card.text and f'load_base_model("{BUNDLED}")' in card.text
+    assert "4-bit copy" in card.text and f'from_pretrained("{BUNDLED_ORIGIN}")' in card.text
+
+
+def test_the_licence_is_the_base_models_where_its_card_is_here(adapter):
+    base = adapter_base(adapter)
+    for text, licence in (("license: apache-2.0", "apache-2.0"), ("license: [", None), ("a: 1", None), (None, None)):
+        (base / CARD).write_text("# Base\n" if text is None else f"---\n{text}\n---\n")
+        assert ModelCard(card_text(adapter)).data.license == licence
+    (base / CARD).write_text("---\nlicense: other\nlicense_name: some-1\nlicense_link: https://x.org/1\n---\n")
+    data = ModelCard(card_text(adapter)).data
+    assert (data.license, data["license_name"], data["license_link"]) == ("other", "some-1", "https://x.org/1")
+    assert "license_name" not in ModelCard(card_text(adapter, license="mit")).data.to_dict()
 
 
 def test_a_folder_is_no_base_model_for_others(adapter):
     card = ModelCard.load(adapter / CARD)
     assert card.data.base_model is None and "a folder of its author's" in card.text
+    assert card.data.license is None and "base_model=" not in card.text
+    assert 'base_model="path/to/the/base/model"' in card_text(adapter, repo_id="user/adapter")
     assert "--model BASE_MODEL" in card.text and "--train_file ROWS.jsonl" in card.text
 
 
@@ -357,7 +382,10 @@ def test_a_task_on_the_hub_is_named_by_its_data_set_and_template(adapter, hub, t
     (result,) = {(each.dataset_type, each.dataset_name, each.dataset_config) for each in card.data.eval_results}
     assert result == ("aps/super_glue", "superglue:rte", "rte") and card.data.datasets == ["aps/super_glue"]
     assert "{premise}⏎Answer:" in card.text and "2,490 training rows" in card.text and "Decide." in card.text
-    assert 'tokenizer("{premise}\\nAnswer:"' in card.text
+    assert 'prompt = "{premise}\\nAnswer:".format(premise="…")' in card.text
+    for template, prompt in (("{", '"{"'), ("{0}", '"{0}"'), ("{class}", '"{class}"'), ("a", '"a"')):
+        write_json(adapter / TASK_FILE, facts | {"template": template})
+        assert f"prompt = {prompt}\n" in card_text(adapter)
     (tmp_path / "prompts.csv").write_text("act,prompt\n" + "".join(f"role {n},do {n}\n" for n in range(20)))
     task = load_task("prompts", data_dir=str(tmp_path))
     assert task.template == "Act: {act}\nPrompt:" and task.dataset is None
@@ -399,16 +427,24 @@ def test_the_snippets_run_as_printed(tmp_path, hub):
     make_base(tmp_path)
     hub.create("user/base")
     hub.commit("user/base", "main", "base", {path.name: path.read_bytes() for path in base.iterdir()})
-    folder = saved(tmp_path / "adapter")
-    assert main(["push", str(folder), "user/adapter"]) == 0
+    folder, local = saved(tmp_path / "adapter"), saved(tmp_path / "local", base=str(base))
+    names = {"user/adapter": folder, "user/local": local, "user/bundled": saved(tmp_path / "bundled", base=BUNDLED)}
+    assert all(main(["push", str(path), name]) == 0 for name, path in names.items())
+    hub.create(BUNDLED_ORIGIN)
+    hub.commit(BUNDLED_ORIGIN, "main", "base", hub.files("user/base"))
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     environment |= hub.environment(HF_HOME=str(tmp_path / "home"))
-    pushed = re.findall(r"```python\n(.*?)```", hub.files("user/adapter")[CARD].decode(), re.DOTALL)
+    pushed = {name: PYTHON.findall(hub.files(name)[CARD].decode()) for name in names}
+    assert [len(codes) for codes in pushed.values()] == [2, 1, 2]
+    assert all(f'"{name}"' in code for name, codes in pushed.items() for code in codes)
     write_card(folder)  # here it has no name
-    here = re.findall(r"```python\n(.*?)```", body(folder), re.DOTALL)
-    assert len(pushed) == len(here) == 2 and all('"user/adapter"' in code for code in pushed)
+    write_card(local)
+    (there,) = PYTHON.findall(body(local))
+    here = [*PYTHON.findall(body(folder)), there.replace('"."', repr(str(local)))]
+    codes = [*pushed["user/adapter"], pushed["user/local"][0].replace("path/to/the/base/model", str(base))]
+    codes += [pushed["user/bundled"][1], *here]  # its first loads the bundled model, as tests/test_readme.py does
     run = "import sys\nfor code in sys.argv[1:]:\n    exec(code, {'__name__': '__main__'})\n    print('ran')"
     done = subprocess.run(
-        [sys.executable, "-c", run, *pushed, *here], capture_output=True, text=True, cwd=folder, env=environment
+        [sys.executable, "-c", run, *codes], capture_output=True, text=True, cwd=folder, env=environment
     )
-    assert done.returncode == 0 and done.stdout.count("ran\n") == 4, done.stderr
+    assert done.returncode == 0 and done.stdout.count("ran\n") == len(codes) == 7, done.stderr

@@ -21,7 +21,7 @@ from peft import PeftModel
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.cli import main
 from priors_peft.files import write_json
-from priors_peft.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS
+from priors_peft.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, read_task
 from priors_peft.hub.card import CARD, MARK
 from priors_peft.hub.facts import TRAINING
 from priors_peft.hub.push import PushError, push_folder
@@ -147,14 +147,16 @@ def test_what_fails_is_said_and_the_command_it_gives_finishes_the_push(fault, ad
     hub.fail(pattern, status, **({"Retry_After": "7"} if status == 429 else {}))
     before = hashes(adapter)
     with pytest.raises(PushError, match=said) as error:
-        push_folder(adapter, "user/adapter", private=True, revision="v 1")
+        push_folder(adapter, "user/adapter", private=True, revision="v 1", license="mit", model_name='my "own"')
     after = hashes(adapter)
     assert {name: after[name] for name in before if name != CARD} == {n: h for n, h in before.items() if n != CARD}
     assert f"{status}" in str(error.value) and "The folder is whole" in str(error.value)
     hub.faults.clear()
     command = shlex.split(str(error.value).partition("to try again: ")[2])
-    assert command == ["priors-peft", "push", str(adapter), "user/adapter", "--private", "--revision", "v 1"]
+    assert command[:7] == ["priors-peft", "push", str(adapter), "user/adapter", "--private", "--revision", "v 1"]
     assert main(command[1:]) == 0
+    card = ModelCard(hub.files("user/adapter", "v 1")[CARD].decode())
+    assert card.data.license == "mit" and '# my "own"' in card.text
     assert set(hub.files("user/adapter", "v 1")) == CORE and len(hub.commits("user/adapter", "v 1")) == 1
     assert hub.repos["user/adapter"].private
 
@@ -185,6 +187,16 @@ def test_after_a_cut_only_what_is_missing_is_sent_again(adapter, hub):
     assert hub.counted("PUT") == hub.counted(f"PUT .*{object_id}") == 1
 
 
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(adapter, hub):
+    hub.lose("/commit/")
+    with pytest.raises(PushError, match="the connection to the Hub was cut"):
+        push_folder(adapter, "user/adapter")
+    assert len(hub.commits("user/adapter")) == 1
+    hub.faults.clear()
+    assert not push_folder(adapter, "user/adapter")[1]
+    assert len(hub.commits("user/adapter")) == 1
+
+
 def test_short_outages_are_waited_out_by_the_client(adapter, hub):
     hub.fail("preupload", 429, times=2, Retry_After="3")
     hub.fail("objects/batch", 500, times=2)
@@ -203,6 +215,21 @@ def test_a_hub_out_of_reach_is_said(adapter, hub, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PushError, match="HF_HUB_OFFLINE is set"):
         push_folder(adapter, "user/adapter")
+
+
+def test_the_base_models_licence_is_the_cards_unless_its_author_names_one(adapter, hub):
+    front = "---\nlicense: other\nlicense_name: some-1\nlicense_link: LICENSE\n---\n"
+    hub.create("user/base", private=True)
+    hub.commit("user/base", "main", "base", {CARD: front.encode()})
+    push_folder(adapter, "user/adapter")
+    data = ModelCard(hub.files("user/adapter")[CARD].decode()).data
+    assert (data.license, data["license_name"], data.get("license_link")) == ("other", "some-1", None)
+    assert not push_folder(adapter, "user/adapter")[1]
+    push_folder(adapter, "user/adapter", license="mit")
+    data = ModelCard(hub.files("user/adapter")[CARD].decode()).data
+    assert data.license == "mit"
+    tuned(base="user/none").push_to_hub("user/other")
+    assert ModelCard(hub.files("user/other")[CARD].decode()).data.license is None
 
 
 def test_a_card_the_hub_refuses_stops_the_push_before_anything_is_sent(adapter, hub):
@@ -291,6 +318,34 @@ def test_what_is_pushed_loads_by_its_id_and_offline_afterwards(tmp_path, hub, mo
     assert trainable.prompt_encoder["default"].coordinate.requires_grad
     with pytest.raises(FileNotFoundError, match="user/other"):
         PriorPeftModel.from_pretrained(make_model(), "user/other")
+
+
+def test_a_stock_adapter_that_was_downloaded_whole_loads_offline(adapter, hub, monkeypatch):
+    hub.create("user/stock", private=True)
+    files = {name: (adapter / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    hub.commit("user/stock", "main", "stock", files | {f"inner/{name}": of for name, of in files.items()})
+    hub.create("user/ours")
+    hub.commit("user/ours", "main", "ours", {path.name: path.read_bytes() for path in adapter.iterdir()})
+    monkeypatch.delenv("HF_TOKEN")
+    huggingface_hub.snapshot_download("user/stock", token=TOKEN)  # what `hf download` does
+    for name in files:
+        hf_hub_download("user/ours", name)  # what stock PEFT does
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    expected = tuned().eval()(input_ids=ids()).logits
+    for where in ({}, {"subfolder": "inner"}):
+        model = PriorPeftModel.from_pretrained(make_model(), "user/stock", **where)
+        assert torch.allclose(model(input_ids=ids()).logits, expected, atol=1e-6)
+    assert read_task("user/stock") is None
+    with pytest.raises(FileNotFoundError, match=f"can't be reached for {PRIOR_CONFIG}"):
+        PriorPeftModel.from_pretrained(make_model(), "user/ours")
+
+
+def test_a_token_that_is_passed_opens_what_is_private(adapter, hub, monkeypatch):
+    push_folder(adapter, "user/adapter", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match="user/adapter"):
+        PriorPeftModel.from_pretrained(make_model(), "user/adapter")
+    assert PriorPeftModel.from_pretrained(make_model(), "user/adapter", token=TOKEN)
 
 
 def test_several_prompts_are_pushed_together_and_loaded_by_subfolder(tmp_path, hub):
@@ -421,6 +476,17 @@ def test_training_goes_on_from_a_checkpoint_on_the_hub(tmp_path, hub):
     second = make_trainer(tmp_path / "b", max_steps=6)
     second.train(resume_from_checkpoint=str(folder / "last-checkpoint"))
     assert second.state.global_step == 6
+
+
+def test_a_first_push_that_is_refused_leaves_the_prompt_and_a_command_that_pushes_it(tmp_path, hub):
+    trainer = make_trainer(tmp_path / "sums", save_strategy="no", max_steps=1)
+    trainer.train()
+    hub.fail("repos/create", 401)
+    with pytest.raises(PushError, match="hf auth login") as error:
+        trainer.push_to_hub(private=True, license="mit")
+    hub.faults.clear()
+    assert main(shlex.split(str(error.value).partition("to try again: ")[2])[1:]) == 0
+    assert hub.repos["user/sums"].private and b"license: mit" in hub.files("user/sums")[CARD]
 
 
 def test_a_hub_that_refuses_is_found_out_before_anything_is_trained(tmp_path, hub):
