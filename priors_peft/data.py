@@ -18,7 +18,8 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
 
     Prompt and completion are tokenized apart, so that generation sees exactly the prompt that training saw, and the
     completion ends with the end-of-sequence token. An empty prompt becomes the token that starts a text. A row that is
-    too long loses the start of its prompt, never its answer, unless the completion alone is too long.
+    too long loses the start of its prompt, never its answer, unless the completion alone is too long; then it loses the
+    completion's end.
 
     Args:
         dataset: Rows with string columns `prompt` and `completion`, or with `input_ids` and `labels`, which are left
@@ -43,7 +44,7 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
         prompts = tokenizer(rows["prompt"])["input_ids"]
         completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
         encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for index, prompt, completion in zip(indices, prompts, completions, strict=True):
+        for index, text, prompt, completion in zip(indices, rows["prompt"], prompts, completions, strict=True):
             if not completion:
                 raise ValueError(
                     f"completion must not be empty, got {rows['completion'][index - indices[0]]!r} in row {index}"
@@ -51,7 +52,8 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
             prompt = prompt or start
             completion = completion + [token for token in end if completion[-1] != token]
             if max_length is not None:
-                completion = completion[:max_length]
+                # Plain text that is cut starts as plain text that is not.
+                completion = completion[: max_length if text else max(1, max_length - len(prompt))]
                 prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
             encoded["input_ids"].append(prompt + completion)
             encoded["attention_mask"].append([1] * len(encoded["input_ids"][-1]))

@@ -395,6 +395,15 @@ def test_labels_cover_the_completion_and_its_end_only():
     assert tokenizer.convert_ids_to_tokens(short["input_ids"]) == ["4", "?", "7", "</s>"]
 
 
+def test_plain_text_that_is_cut_keeps_its_start_and_loses_its_end():
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": "", "completion": "3 plus 4 is 7"}, {"prompt": "what is", "completion": "3 plus 4 is 7"}]
+    for length, kept in ((9, "<s> 3 plus 4 is 7 </s>"), (4, "<s> 3 plus 4"), (1, "3")):
+        text, answer = tokenize(rows, tokenizer, max_length=length)
+        assert tokenizer.convert_ids_to_tokens(text["input_ids"]) == kept.split()
+        assert len(answer["input_ids"]) <= length
+
+
 def test_learning_rate_is_in_prior_standard_deviations(tmp_path):
     assert make_trainer(tmp_path).args.learning_rate == 0.3
     plain = make_trainer(tmp_path, config={"coordinates": "plain", "num_virtual_tokens": 4})
