@@ -34,6 +34,10 @@ extras["dev"] = [
     "types-PyYAML",
     "hypothesis>=6.170",
     "playwright>=1.50",
+    "nbclient>=0.11",
+    "ipykernel>=7.4",
+    "tensorboard>=2.21",
+    "trackio>=0.43",
     *extras["demo"],
     *extras["analysis"],
 ]

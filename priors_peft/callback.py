@@ -67,7 +67,7 @@ class PriorCallback(TrainerCallback):
     ) -> None:
         self._snapshots = {name: Snapshots(encoder.initial_prompt) for name, encoder in _trained(model)}
         for name, snapshots in self._snapshots.items():
-            path = _path(args, name)
+            path = snapshots_path(args, name)
             if state.global_step and path.is_file():
                 try:
                     snapshots.load(path, until=state.global_step)
@@ -105,10 +105,10 @@ class PriorCallback(TrainerCallback):
             return
         for name, snapshots in self._snapshots.items():
             try:
-                snapshots.save(_path(args, name))
+                snapshots.save(snapshots_path(args, name))
             except OSError as error:
                 # The prompt itself matters more: training goes on to where it is saved.
-                logger.warning("Snapshots could not be written to %s: %s", _path(args, name), error)
+                logger.warning("Snapshots could not be written to %s: %s", snapshots_path(args, name), error)
 
 
 def weight_at(prior_weight: float, args: TrainingArguments, state: TrainerState) -> float:
@@ -129,6 +129,7 @@ def _trained(model: Any) -> Iterator[tuple[str, PriorPromptEncoder]]:
             yield name, model.prompt_encoder[name]
 
 
-def _path(args: TrainingArguments, name: str) -> Path:
+def snapshots_path(args: TrainingArguments, name: str) -> Path:
+    """Where `PriorCallback` writes snapshots of a prompt."""
     # Where `save_pretrained` puts the adapter.
     return Path(args.output_dir, "" if name == "default" else name, SNAPSHOTS)

@@ -25,6 +25,7 @@ from .files import check_writable
 from .hub.trainer import HubTrainer
 from .inference.map import choose_weight, weight_factor
 from .model import PriorPeftModel
+from .tracking import TrackingCallback
 
 
 # The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale.
@@ -163,8 +164,9 @@ class PriorTrainer(HubTrainer):
         self.model_accepts_loss_kwargs = True
         # The model also scores a row's first token where it is supervised, so all labels count.
         self._loss_shifts_labels = False
-        # First, so that what reports (TensorBoard and the like) sees the figures.
-        self.callback_handler.callbacks.insert(0, PriorCallback())
+        # First, so that what reports (TensorBoard and the like) sees the figures and is still open for pictures.
+        callbacks = self.callback_handler.callbacks
+        callbacks[:0] = [PriorCallback(), TrackingCallback(callbacks)]
         if len(self.adapter_names) > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
         self._nll: Tensor | float = 0.0
