@@ -1,6 +1,7 @@
 """Tiny models of every architecture that matters, built from their configurations, and a tokenizer for them."""
 
 import copy
+import gc
 import itertools
 import json
 import os
@@ -84,6 +85,12 @@ CONFIGS = {
         **_SHARED,
     ),
 }
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: `Trainer` collects garbage whenever it starts, and need not look through them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
