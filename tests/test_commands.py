@@ -14,17 +14,17 @@ from priors_peft.commands.arguments import ModelArguments, PromptArguments, Task
 from priors_peft.commands.train import TrainingArguments
 
 
-@pytest.fixture
-def base(tmp_path) -> str:
-    folder = tmp_path / "base"
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "base"
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-@pytest.fixture
-def rows(tmp_path) -> str:
-    path = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in addition_rows(40)))
     return str(path)
 
@@ -171,16 +171,17 @@ def test_bad_flags_are_one_line(flags, message, base, rows, tmp_path, capsys):
     assert message in lines[-1] and lines[-1].startswith("priors-peft train: ")
 
 
-@pytest.fixture
-def adapter(base, rows, tmp_path) -> str:
-    assert train(base, rows, tmp_path / "sums", "--prior", "gaussian") == 0
-    return str(tmp_path / "sums")
+@pytest.fixture(scope="module")
+def adapter(base, rows, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("adapters") / "sums"
+    assert train(base, rows, folder, "--prior", "gaussian") == 0
+    return str(folder)
 
 
 QUICK = ["--num_draws", "20", "--k", "3"]
 
 
-def test_analyze_writes_figures_that_differ_by_their_date_alone(adapter, rows, tmp_path, capsys):
+def test_analyze_writes_figures_that_differ_by_their_date_alone(adapter, base, rows, tmp_path, capsys):
     task = ["--train_file", rows, "--num_eval", "8"]
     texts = []
     for out in ("one", "two"):
@@ -188,7 +189,8 @@ def test_analyze_writes_figures_that_differ_by_their_date_alone(adapter, rows, t
         text = (tmp_path / out / "analysis.json").read_text()
         analysis = json.loads(text)
         texts.append(text.replace(analysis["created"], ""))
-    assert texts[0] == texts[1] and str(tmp_path) not in texts[0]
+    assert texts[0] == texts[1]
+    assert not any(str(Path(place).parent) in texts[0] for place in (adapter, base, rows, tmp_path / "one"))
     assert analysis["command"].startswith("priors-peft analyze sums --train_file rows.jsonl --num_eval 8 --k 3")
     assert analysis["base_model"] == "base"
     (found,) = analysis["adapters"]

@@ -88,7 +88,7 @@ def test_planted_transfer_is_found_and_its_interval_holds_it():
     assert 0.8 < found.interval[0] <= found.rho <= found.interval[1] <= 1
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_unrelated_similarities_are_found_at_the_stated_level(seeds):
     """Prompts of one task resemble each other, and so does what they do elsewhere; that is no evidence."""
     own, trials, found = np.repeat(np.arange(6), seeds), 300, 0

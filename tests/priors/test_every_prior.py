@@ -74,7 +74,8 @@ def test_integrates_to_one_in_one_dimension(case):
 @every_prior
 def test_integrates_to_one_in_two_dimensions(case):
     prior = CASES[case](2, 1).double()
-    radius = torch.linspace(0, 25, 20_001, dtype=torch.float64)
+    # Those with an edge are the same along every circle.
+    radius = torch.linspace(0, 25, 20_001 if case in EXCLUDING else 2_001, dtype=torch.float64)
     angles = torch.arange(180, dtype=torch.float64) * math.pi / 90
     if case in EXCLUDING:
         angles = angles[::45]

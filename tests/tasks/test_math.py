@@ -202,6 +202,7 @@ def test_extrapolation_asks_for_larger_numbers_and_never_what_was_trained_on():
 
 
 @generated
+@pytest.mark.slow
 def test_only_some_modules_extrapolate():
     found = math._extrapolations(math.module_names(), math.module_names(), math._known(None, "extrapolate"))
     assert len(found) == 15
