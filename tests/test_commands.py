@@ -101,7 +101,9 @@ def test_a_recipes_values_mean_what_they_mean_after_a_flag(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml")), ids=lambda path: path.stem
+    "recipe",
+    [path for path in sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml")) if "grid:" not in path.read_text()],
+    ids=lambda path: path.stem,
 )
 def test_recipes_parse(recipe):
     parse((ModelArguments, TaskArguments, PromptArguments, TrainingArguments), [str(recipe)], "priors-peft train")

@@ -97,7 +97,13 @@ def parse_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any
     return parsed
 
 
-def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, positional: Sequence[str] = ()) -> list[Any]:
+def parse(
+    dataclasses: Sequence[type],
+    arguments: list[str],
+    prog: str,
+    positional: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
+) -> list[Any]:
     """Read positional arguments, at most one recipe file and flags.
 
     Args:
@@ -106,6 +112,7 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
         prog: The command's name, for its help.
         positional: Names of the arguments that have no flag, before the flags or after them; a last one that ends in `...`
             is one or more.
+        defaults: Values of flags, over which a recipe's win.
 
     Returns:
         One value for each positional argument (a list for `...`), then one object for each dataclass.
@@ -116,7 +123,7 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     """
     names = ", ".join(name.upper() for name in positional)
     usage = " ".join(filter(None, [prog, names.replace(",", ""), "[RECIPE.yaml] [--FLAG VALUE ...]"]))
-    parser = _Parser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)
+    parser = Parser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)
     words = []
     while arguments and not arguments[0].startswith("-"):
         words.append(arguments[0])
@@ -125,12 +132,8 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     values = [word for word in words if word not in recipes]
     if len(recipes) > 1:
         raise ValueError(f"at most one recipe must be given, got {recipes}")
-    known = {
-        item.name: get_type_hints(dataclass)[item.name]
-        for dataclass in dataclasses
-        for item in fields(dataclass)
-        if item.init
-    }
+    known = flag_types(dataclasses)
+    parser.set_defaults(**defaults or {})
     if recipes:
         parser.set_defaults(**read_recipe(recipes[0], parser, known))
     *objects, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -146,14 +149,24 @@ def parse(dataclasses: Sequence[type], arguments: list[str], prog: str, position
     return [*values, *objects]
 
 
-class _Parser(HfArgumentParser):
+def flag_types(dataclasses: Sequence[type]) -> dict[str, Any]:
+    """The type of each flag."""
+    return {
+        item.name: get_type_hints(dataclass)[item.name]
+        for dataclass in dataclasses
+        for item in fields(dataclass)
+        if item.init
+    }
+
+
+class Parser(HfArgumentParser):
     """Says what is wrong with a flag in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
-def read_recipe(path: str, parser: _Parser, hints: dict[str, Any]) -> dict[str, Any]:
+def read_recipe(path: str, parser: Parser, hints: dict[str, Any]) -> dict[str, Any]:
     """The keys and values of a recipe file; `hints` are the types of the known keys.
 
     A plain value means what it means after the key's flag on the command line: `save_strategy: no` is no boolean, and
@@ -168,10 +181,17 @@ def read_recipe(path: str, parser: _Parser, hints: dict[str, Any]) -> dict[str, 
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from error
-    if node is None or not isinstance(values, dict):
+    if not isinstance(node, yaml.MappingNode):
         got = "an empty file" if values is None else type(values).__name__
         raise ValueError(f"{path} must map flags to values, as in `task: squad`, got {got}")
     _check_twice(path, node)
+    return flag_values(path, node, values, parser, hints)
+
+
+def flag_values(
+    path: str, node: yaml.Node, values: dict[str, Any], parser: Parser, hints: dict[str, Any]
+) -> dict[str, Any]:
+    """A mapping's values as its keys' flags take them; an error names the line."""
     for key, value in node.value:
         name, where = key.value, f"{path}, line {key.start_mark.line + 1}"
         if name not in hints:

@@ -41,6 +41,11 @@ def main(arguments: list[str]) -> None:
     """Train one prompt; the adapter is at the root of `output_dir`."""
     dataclasses = (ModelArguments, TaskArguments, PromptArguments, TrainingArguments)
     train(*parse(dataclasses, arguments, "priors-peft train"))
+    end_together()
+
+
+def end_together() -> None:
+    """Let all processes end at one time."""
     # Processes that exit one after another, or that free a model after its process group, now and then abort or hang
     # under gloo: free it first, then end together.
     gc.collect()
@@ -53,12 +58,16 @@ def train(
     task_arguments: TaskArguments,
     prompt_arguments: PromptArguments,
     args: TrainingArguments,
+    loaded: tuple[Any, Any] | None = None,
 ) -> dict[str, float]:
-    """Train, evaluate and save; returns the evaluation's figures."""
+    """Train, evaluate and save; returns the evaluation's figures.
+
+    `loaded` is the base model and its tokenizer, where one that was loaded before serves; training leaves it as it was.
+    """
     # ---- Model and task -----------------------------------------------------------------
     recipe = recipe_of(model_arguments, task_arguments, prompt_arguments, args)
     set_seed(args.seed)
-    base, tokenizer = base_model_from(model_arguments)
+    base, tokenizer = loaded or base_model_from(model_arguments)
     room = args.max_length or room_for_text(base, prompt_arguments.num_virtual_tokens)
     task = task_from(task_arguments, tokenizer, room)
 
@@ -84,9 +93,9 @@ def train(
         train_dataset=task.train,
         eval_dataset=task.eval,
         processing_class=tokenizer,
-        compute_metrics=answer_metrics(
-            tokenizer, task.metrics, task.eval, model, batch_size=args.per_device_eval_batch_size
-        ),
+        compute_metrics=None
+        if args.prediction_loss_only
+        else answer_metrics(tokenizer, task.metrics, task.eval, model, batch_size=args.per_device_eval_batch_size),
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -187,9 +196,10 @@ def prior_settings(arguments: PromptArguments, task: Task) -> dict[str, Any]:
 def reference_data(arguments: PromptArguments, task: Task) -> dict[str, Any]:
     """`reference_kwargs` with tasks by name turned into their training rows; activations are the task's own if none."""
     settings: dict[str, Any] = dict(arguments.reference_kwargs or {})  # type: ignore[arg-type]
-    names = settings.pop("tasks", None)
-    if names is not None:
-        rows = [load_task(name).train for name in names]
+    tasks = settings.pop("tasks", None)
+    if tasks is not None:
+        of_task = tasks if isinstance(tasks, dict) else dict.fromkeys(tasks, {})
+        rows = [load_task(name, **own).train for name, own in of_task.items()]
         settings["data"] = rows if arguments.prior == "interpolation" else rows[0]
     elif arguments.reference == "activations" and arguments.prior != "interpolation":
         settings.setdefault("data", task.train)
