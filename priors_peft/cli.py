@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "measure a saved adapter on a task, beside the base model without it",
     "analyze": "say what prompts mean: tokens, geometry, runs, data; as JSON, pictures and a page",
     "transfer": "measure every prompt on every task, and whether similar prompts transfer better",
+    "compare": "hold runs of several priors against one another: table, differences, curves, maps",
     "card": "make an adapter's model card again from what lies in its folder",
     "push": "push an adapter with its sidecars, analysis and card to the Hub, in one commit",
     "export": "write an adapter for other tools: stock PEFT, plain transformers, vLLM",

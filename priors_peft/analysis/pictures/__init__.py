@@ -1,7 +1,10 @@
 """Pictures of an analysis for cards and papers: PNG files that say in their title what the data says."""
 
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ...files import atomic_path
 from .. import claims
@@ -29,6 +32,16 @@ def save_pictures(analysis: claims.Part, folder: str | os.PathLike) -> list[Path
         ValueError: The analysis is of another format version, or holds no adapter.
     """
     claims.check_analysis(analysis)
+    drawn = {picture.__name__.rpartition(".")[2]: partial(picture.draw, analysis) for picture in PICTURES}
+    return save_figures(drawn, folder)
+
+
+def save_figures(drawn: Mapping[str, Callable[[], Any]], folder: str | os.PathLike) -> list[Path]:
+    """Draw figures in one style and write each as `NAME.png`; one that is None is left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -37,10 +50,10 @@ def save_pictures(analysis: claims.Part, folder: str | os.PathLike) -> list[Path
         ) from error
     written = []
     with matplotlib.rc_context(STYLE):
-        for picture in PICTURES:
-            figure = picture.draw(analysis)
+        for name, draw in drawn.items():
+            figure = draw()
             if figure is not None:
-                written.append(Path(folder) / f"{picture.__name__.rpartition('.')[2]}.png")
+                written.append(Path(folder) / f"{name}.png")
                 with atomic_path(written[-1]) as temporary:
                     figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
     return written
