@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,34 @@ from accelerate import PartialState
 
 from priors_peft.commands.arguments import (
     ModelArguments,
+    Parser,
     PromptArguments,
     TaskArguments,
-    check_keys,
-    nearest,
+    flag_types,
+    flag_values,
     parse,
     read_recipe,
 )
 from priors_peft.commands.train import TrainingArguments, base_model_from, end_together, recipe_of, train
 from priors_peft.files import atomic_path, write_json
 from priors_peft.hub.facts import read_facts
+from priors_peft.names import unknown
+
+
+RESULTS, PLANNED = "results.jsonl", "sweep.json"
+PROG = "python recipes/sweep.py"
+
+
+@dataclass
+class SweepArguments:
+    """What a sweep file has besides the flags of `priors-peft train`."""
+
+    grid: dict[str, Any] | None = field(default=None, metadata={"help": "Axes: lists of values, or labels with flags"})
+    recipe: str | None = field(default=None, metadata={"help": "A recipe or sweep beside the file, which it changes"})
 
 
 DATACLASSES = (ModelArguments, TaskArguments, PromptArguments, TrainingArguments)
-FLAGS = {item.name for dataclass in DATACLASSES for item in fields(dataclass) if item.init}
-RESULTS, PLANNED = "results.jsonl", "sweep.json"
-PROG = "python recipes/sweep.py"
+FLAGS = flag_types(DATACLASSES)
 
 
 @dataclass
@@ -142,7 +154,8 @@ def read_sweep(path: str, arguments: list[str]) -> list[Run]:
 
 def _read(path: str) -> tuple[dict[str, Any], Axes]:
     """Flags of all runs, and for each axis the flags of its labels."""
-    own = read_recipe(path, FLAGS | {"grid", "recipe"})
+    parser = Parser((SweepArguments, *DATACLASSES))
+    own = read_recipe(path, parser, FLAGS | flag_types((SweepArguments,)))
     recipe, grid = own.pop("recipe", None), own.pop("grid", None) or {}
     settings, axes = _read(str(Path(path).parent / recipe)) if recipe else ({}, {})
     nodes = {key.value: node for key, node in yaml.compose(Path(path).read_text(encoding="utf-8")).value}
@@ -150,14 +163,15 @@ def _read(path: str) -> tuple[dict[str, Any], Axes]:
         name, given = axis.value, grid[axis.value]
         if isinstance(given, list) and given:
             if name not in axes:
-                check_keys(path, yaml.MappingNode("", [(axis, node)]), FLAGS)
+                single = yaml.MappingNode("", [(axis, node.value[0])])
+                flag_values(path, single, {name: given[0]}, parser, FLAGS)
             _keep(axes, name, given)
         elif isinstance(given, dict) and all(isinstance(flags or {}, dict) for flags in given.values()):
             for (_, flags), (label, values) in zip(node.value, given.items(), strict=True):
-                check_keys(path, flags if values else yaml.MappingNode("", []), FLAGS)
                 known = axes.setdefault(name, {})
                 named = {name: label} if name in FLAGS else {}
-                known[str(label)] = named | known.get(str(label), {}) | (values or {})
+                typed = flag_values(path, flags, values, parser, FLAGS) if values else {}
+                known[str(label)] = named | known.get(str(label), {}) | typed
         else:
             line = node.start_mark.line + 1
             raise ValueError(f"{path}, line {line}: {name} must list values or map labels to flags, got {given!r}")
@@ -170,7 +184,7 @@ def _keep(axes: Axes, axis: str, values: list[Any]) -> None:
     if not all(set(flags) == {axis} for flags in known.values()):
         for value in map(str, values):
             if value not in known:
-                raise ValueError(f"{axis} must be among {', '.join(known)}, got {value!r}{nearest(value, known)}")
+                raise ValueError(f"{axis} must be {unknown(value, known)}")
     axes[axis] = {str(value): known.get(str(value), {axis: value}) for value in values}
 
 

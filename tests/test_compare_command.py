@@ -140,7 +140,7 @@ def test_other_rows_than_the_runs_own_are_refused(study, tmp_path, capsys):
         (
             ["--baseline", "gausian"],
             "*",
-            "baseline must be one of gaussian, structured, got 'gausian'; did you mean 'gaussian'?",
+            "baseline must be one of gaussian, structured, got 'gausian'. Did you mean 'gaussian'?",
         ),
         ([], "rte-gaussian-0", "runs must be at least 2 to be compared, got 1"),
         ([], "none-*", "RUN... must be given, got []"),

@@ -68,12 +68,12 @@ def test_a_sweep_can_be_a_part_or_a_change_of_another(tmp_path, sweep):
     "text, flags, message",
     [
         ("model: m\n", [], "must have a grid"),
-        ("grid:\n  sed: [0]\n", [], "line 2: 'sed' is no flag; did you mean 'seed'?"),
-        ("grid:\n  a:\n    b:\n      sed: 0\n", [], "line 4: 'sed' is no flag; did you mean 'seed'?"),
+        ("grid:\n  sed: [0]\n", [], "line 2: 'sed' is no flag. Did you mean 'seed'?"),
+        ("grid:\n  a:\n    b:\n      sed: 0\n", [], "line 4: 'sed' is no flag. Did you mean 'seed'?"),
         ("grid:\n  seed: 0\n", [], "line 2: seed must list values or map labels to flags, got 0"),
         ("grid:\n  seed: []\n", [], "seed must list values"),
         ("grid:\n  prior: [a b]\n", [], "labels must be letters"),
-        (GRID, ["--prior", "narow"], "prior must be among gaussian, narrow, got 'narow'; did you mean 'narrow'?"),
+        (GRID, ["--prior", "narow"], "prior must be one of gaussian, narrow, got 'narow'. Did you mean 'narrow'?"),
         (
             GRID,
             ["--narow.seed", "0"],

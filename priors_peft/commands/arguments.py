@@ -181,7 +181,7 @@ def read_recipe(path: str, parser: Parser, hints: dict[str, Any]) -> dict[str, A
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from error
-    if not isinstance(node, yaml.MappingNode):
+    if node is None or not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
         raise ValueError(f"{path} must map flags to values, as in `task: squad`, got {got}")
     _check_twice(path, node)

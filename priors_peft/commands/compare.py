@@ -26,10 +26,11 @@ from ..hub.adapter import read_task
 from ..hub.facts import public_name, read_facts
 from ..hub.reading import read_json
 from ..model import PriorPeftModel
+from ..names import unknown
 from ..priors.reference import vocabulary_ids
 from ..tasks import load_task
 from ..tasks.base import full_name
-from .arguments import ModelArguments, nearest, parse, parse_object
+from .arguments import ModelArguments, parse, parse_object
 from .evaluate import markdown_table
 from .train import base_model_from, room_for_text
 from .transfer import model_with
@@ -89,9 +90,7 @@ def main(arguments: list[str]) -> None:
     name_runs(runs)
     known = sorted({run.prior for run in runs})
     if args.baseline not in known:
-        raise ValueError(
-            f"baseline must be one of {', '.join(known)}, got {args.baseline!r}{nearest(args.baseline, known)}"
-        )
+        raise ValueError(f"baseline must be {unknown(args.baseline, known)}")
     check_writable(args.out, _ROOM, "out", "compared")
 
     # ---- Model and data -----------------------------------------------------------------
