@@ -179,8 +179,9 @@ def runs_compared(analysis: Mapping[str, Any], moves: Mapping[str, float] | None
     if highest:
         flat = sum(height <= FLAT for height in highest)
         answer += (
-            f" In {flat or 'none'} of {plural(len(highest), 'task')} all straight lines between runs stay within {FLAT} "
-            "nats per token of their ends' mean: the runs lie in one basin there, however far apart."
+            f" In {flat} of {plural(len(highest), 'task')} all straight lines between runs stay within {FLAT} nats per token "
+            f"of their ends' mean{': the runs lie in one basin there, however far apart' if flat else ''}; the highest rise "
+            f"is {max(highest):.2g}."
         )
     return {"question": Q2, "answer": answer, "figures": figures}
 
