@@ -201,13 +201,14 @@ def _prior(facts: "Facts") -> tuple[str, str]:
         return "No prior is known: this is a stock PEFT prompt without `prior_config.json`.", ""
     formula, words = _family(str(config["prior"]))
     weight = config.get("prior_weight")
+    told = escape(f"{weight:g}" if isinstance(weight, (int, float)) else weight)
     schedule = facts.training.settings.get("prior_weight_schedule") or "constant"
     if weight == 0:
         pull = "The weight was 0: the prior drew the start, set the scale of the steps, and did not pull in training."
     elif weight == 1 and schedule == "constant":
         pull = "The weight was 1: training looked for the exact MAP estimate."
     else:
-        pull = f"The weight was {escape(weight)} (schedule {escape(schedule)}): a tempered posterior's mode."
+        pull = f"The weight was {told} (schedule {escape(schedule)}): a tempered posterior's mode."
     moved = (
         "z in θ = µ + A z, with µ and A the prior's location and scale factor"
         if config.get("coordinates") == "whitened"
@@ -224,7 +225,7 @@ def _prior(facts: "Facts") -> tuple[str, str]:
             "Family": code(config["prior"]),
             "Settings": code(literal(public_value(config["prior_kwargs"]))) if config.get("prior_kwargs") else None,
             "Fitted on": _reference(facts),
-            "Weight": escape(weight) + (f", schedule {escape(schedule)}" if schedule != "constant" else ""),
+            "Weight": told + (f", schedule {escape(schedule)}" if schedule != "constant" else ""),
             "N": f"{count:,}" if count else None,
             "Coordinates": escape(config.get("coordinates")),
             "Layers": _layers(facts),

@@ -17,7 +17,18 @@ Figures = dict[str, float]
 _SHARES = ("exact_match", "accuracy", "accuracy_by_likelihood", "exact_match_by_likelihood")
 _NAMES = {"loss": "NLL (nats per answer token)", "nll": "NLL (nats per answer token)"}
 _MOST_TOKENS = 32
-_PICTURES = ("tokens", "geometry", "projection", "activations", "faithfulness", "stability", "transfer")
+# With what they show for readers who can't see them.
+_PICTURES = {
+    "tokens": "The nearest token of each virtual token, beside random prompts and the start",
+    "geometry": "The prompt's shape and place over training, with the prior's band",
+    "projection": "The prompt, its way through training and the vocabulary in a plane",
+    "activations": "Hidden states of tasks in a plane",
+    "faithfulness": "What reading the prompt as text loses, and what each virtual token is worth",
+    "stability": "Distances between prompts of several runs, and the loss on the lines between them",
+    "transfer": "What each prompt adds on each task",
+}
+# Order in the table: JSON has lost the one they were measured in.
+_BESIDE = ("no prompt", "before training")
 
 
 def metric_name(name: str) -> str:
@@ -36,7 +47,8 @@ def measured(facts: "Facts") -> tuple[Figures, int | None]:
 def results(facts: "Facts") -> str | None:
     """Figures of the prompt beside none and the one before training, and of several runs; None if none is known."""
     training, several = facts.training, len(facts.training.results) > 1
-    rows: dict[str, Figures] = dict(facts.evaluation.get("figures") or {})
+    found = dict(facts.evaluation.get("figures") or {})
+    rows: dict[str, Figures] = {name: found.pop(name) for name in _BESIDE if name in found} | found
     count = facts.evaluation.get("num_rows") if rows else training.num_eval_rows
     if not rows:
         rows = {f"{name}, before training": one for name, one in training.initial_results.items()}
@@ -116,11 +128,12 @@ def analysis(facts: "Facts") -> str | None:
         parts.append(
             f"The nearest tokens of each virtual token, by {escape(tokens['metric'])}. Some token is always the nearest, so "
             f"each is held against {facts.analysis['num_draws']} random prompts from the same prior: the percentile among "
-            "them, and p corrected for the number of virtual tokens."
+            "them, and p corrected for the number of virtual tokens. “signal” is what is nearer than they are; “as at the start” "
+            "is the token that was nearest before training, and is no nearer now."
         )
         parts.append(_token_table(tokens))
     shown = [name for name in _PICTURES if f"{name}.png" in facts.pictures]
-    parts += [f"![{name}]({name}.png)" for name in shown]
+    parts += [f"![{_PICTURES[name]}]({name}.png)" for name in shown]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import addition_rows, make_model, make_tokenizer
+from conftest import addition_rows, make_model, make_tokenizer, save_base
 from hub.loopback import TOKEN
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import PeftModel
 
+import priors_peft
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.cli import main
 from priors_peft.files import write_json
@@ -340,12 +341,17 @@ def test_a_stock_adapter_that_was_downloaded_whole_loads_offline(adapter, hub, m
         PriorPeftModel.from_pretrained(make_model(), "user/ours")
 
 
-def test_a_token_that_is_passed_opens_what_is_private(adapter, hub, monkeypatch):
-    push_folder(adapter, "user/adapter", private=True)
+def test_a_token_that_is_passed_opens_what_is_private(adapter, tmp_path, hub, monkeypatch):
+    push_folder(adapter, "user/adapter", private=True, revision="v1")
+    hub.create("user/base", private=True)
+    base = Path(save_base(tmp_path / "base"))
+    hub.commit("user/base", "main", "base", {path.name: path.read_bytes() for path in base.iterdir()})
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(OSError, match="user/adapter"):
-        PriorPeftModel.from_pretrained(make_model(), "user/adapter")
-    assert PriorPeftModel.from_pretrained(make_model(), "user/adapter", token=TOKEN)
+        PriorPeftModel.from_pretrained(make_model(), "user/adapter", revision="v1")
+    assert PriorPeftModel.from_pretrained(make_model(), "user/adapter", revision="v1", token=TOKEN)
+    generator = priors_peft.pipeline("text-generation", "user/adapter", revision="v1", token=TOKEN)
+    assert generator.model.base_model.name_or_path == "user/base" and generator("3 plus", max_new_tokens=2)
 
 
 def test_several_prompts_are_pushed_together_and_loaded_by_subfolder(tmp_path, hub):
