@@ -1,5 +1,6 @@
 """What TensorBoard, trackio and Weights & Biases hold after a training: read back, without a network."""
 
+import importlib
 import io
 import json
 import sys
@@ -7,11 +8,12 @@ from functools import partial
 
 import pytest
 import test_trainer
-from conftest import make_model, make_tokenizer
+from conftest import addition_rows, make_model, make_tokenizer, save_base
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
 from priors_peft import PriorConfig, PriorTrainer, get_prior_model, tracking
+from priors_peft.cli import main
 
 
 FIGURES = ["nll", "log_prob", "weight", "effective_rank", "mean_pairwise_cosine", "drift"]
@@ -42,7 +44,10 @@ def test_tensorboard_and_trackio_hold_figures_a_table_and_pictures(tmp_path, sto
         tmp_path / "mine", report_to=["tensorboard", "trackio"], project="tests", run_name="one", max_steps=2
     )
     trainer.train()
+    figures = trainer.evaluate()
+    importlib.import_module("trackio").finish()  # as when the process ends
     logs = storage.get_logs("tests", "one")
+    assert [log["eval/loss"] for log in logs if "eval/loss" in log] == [pytest.approx(figures["eval_loss"])]
     ((rows, pictures),) = [
         (log[TABLE]["_value"], {name: log[name]["file_path"] for name in PICTURES}) for log in logs if TABLE in log
     ]
@@ -69,6 +74,20 @@ def test_tensorboard_and_trackio_hold_figures_a_table_and_pictures(tmp_path, sto
         drawn = image.open(io.BytesIO(event.encoded_image_string))
         again = image.open(tmp_path / "trackio" / "media" / pictures[name]).convert("RGB")
         assert drawn.width == 1200 and drawn.tobytes() == again.tobytes() and event.step == 2
+
+
+@pytest.mark.slow
+def test_the_commands_evaluation_is_in_the_runs_record(tmp_path, storage, monkeypatch):
+    monkeypatch.setattr(tracking, "look", lambda *given: ({}, {}))
+    rows = "".join(json.dumps(row) + "\n" for row in addition_rows(20))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    flags = ["--model", save_base(tmp_path / "base"), "--train_file", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    flags += ["--max_steps", "2", "--logging_steps", "1", "--report_to", "trackio", "--project", "tests"]
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "mine")]) == 0
+    importlib.import_module("trackio").finish()
+    assert storage.get_runs("tests") == ["mine"]
+    logs = storage.get_logs("tests", "mine")
+    assert [len([log for log in logs if name in log]) for name in ("train/prior/nll", "eval/loss")] == [2, 1]
 
 
 @pytest.mark.slow

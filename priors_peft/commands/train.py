@@ -81,6 +81,8 @@ def train(
     model.print_trainable_parameters()
 
     # ---- Training -----------------------------------------------------------------------
+    # Without a name trackio makes one up for the training and another for the evaluation after it.
+    args.run_name = args.run_name or Path(args.output_dir).resolve().name
     args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     if args.early_stopping_patience is not None:
         if args.eval_strategy == "no":
