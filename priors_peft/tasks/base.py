@@ -157,6 +157,11 @@ def follow(prompt: str, text: str) -> str:
     return f" {text}" if prompt and not prompt[-1].isspace() else text
 
 
+def fill(template: str, rows: Iterable[tuple[dict[str, str], str]]) -> list[tuple[str, str]]:
+    """Prompts and completions of rows of a template's fields and an answer."""
+    return [(prompt := template.format_map(fields), follow(prompt, text)) for fields, text in rows]
+
+
 def longest(completions: Iterable[str]) -> int:
     """Tokens enough for the longest completion and the end, as no token is shorter than a byte; at most 256."""
     return min(256, 1 + max(len(completion.encode()) for completion in completions))

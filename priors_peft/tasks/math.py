@@ -20,7 +20,7 @@ import numpy as np
 
 from ..files import atomic_path, cache_dir
 from ..names import check_choice, unknown
-from .base import Task, check_template, follow, prompt_completion
+from .base import Task, check_template, fill, prompt_completion
 from .metrics import completion_metrics
 
 
@@ -88,14 +88,13 @@ def load(
         train = [row for row in train if row[0] not in asked]  # published modules of a group may share questions
         random.Random(seed).shuffle(train)
 
-    def pair(row: Pair) -> Pair:
-        prompt = template.format(question=row[0])
-        return prompt, follow(prompt, row[1])
+    def pairs(rows: list[Pair]) -> list[Pair]:
+        return fill(template, (({"question": question}, answer) for question, answer in rows))
 
     return Task(
         name="math",
-        train=prompt_completion(map(pair, train)),
-        eval=prompt_completion(map(pair, held_out)) if held_out else None,
+        train=prompt_completion(pairs(train)),
+        eval=prompt_completion(pairs(held_out)) if held_out else None,
         metrics=completion_metrics,
         max_new_tokens=MAX_NEW_TOKENS,
         description=DESCRIPTION,

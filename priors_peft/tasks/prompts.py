@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from .base import Task, check_template, follow, prompt_completion
+from .base import Task, check_template, fill, prompt_completion
 from .files import find_file, hold_out, keep, load_hub, read_rows, split_rows, text_of
 from .metrics import token_f1
 
@@ -47,19 +47,15 @@ def load(
         placed, source = split_rows(dataset, splits, "train"), dataset
     rows = [_row(*item) for item in placed]
     draw = random.Random(seed)
-    held_out: list[tuple[str, str]] = []
+    held_out: list[tuple[dict[str, str], str]] = []
     if num_eval != 0:
-        rows, held_out = hold_out(draw, rows, num_eval, source, key=lambda row: row[0].lower())
+        rows, held_out = hold_out(draw, rows, num_eval, source, key=lambda row: row[0]["act"].lower())
     rows = keep(draw, rows, num_train, "num_train", source)
-
-    def pair(row: tuple[str, str]) -> tuple[str, str]:
-        prompt = template.format(act=row[0])
-        return prompt, follow(prompt, row[1])
 
     return Task(
         name="prompts",
-        train=prompt_completion(map(pair, rows)),
-        eval=prompt_completion(map(pair, held_out)) if held_out else None,
+        train=prompt_completion(fill(template, rows)),
+        eval=prompt_completion(fill(template, held_out)) if held_out else None,
         metrics=_metrics,
         max_new_tokens=MAX_NEW_TOKENS,
         description=DESCRIPTION,
@@ -72,9 +68,9 @@ def _metrics(predictions: list[str], references: list[Any]) -> dict[str, float]:
     return {"f1": token_f1(predictions, references)}
 
 
-def _row(where: str, row: dict[str, Any]) -> tuple[str, str]:
+def _row(where: str, row: dict[str, Any]) -> tuple[dict[str, str], str]:
     columns = {str(name).strip().lower(): value for name, value in row.items()}
     act, prompt = (text_of(where, columns, name, EXPECTED).strip() for name in ("act", "prompt"))
     if not prompt:
         raise ValueError(f"{where}: 'prompt' must not be empty, got {row!r}. Fill it in or drop the row")
-    return act, prompt
+    return {"act": act}, prompt

@@ -17,7 +17,7 @@ from typing import Any
 import evaluate
 from datasets import Features, List, Value
 
-from .base import Task, check_template, follow, prompt_completion
+from .base import Task, check_template, fill, prompt_completion
 from .files import check_row, find_file, hold_out, keep, load_hub, read_rows, split_rows, text_of
 from .metrics import first_line, squad_exact_match, squad_f1, squad_normalize
 
@@ -98,9 +98,8 @@ def load(
         if not train:
             raise ValueError(f"max_length must leave room for a question and its answer, got {max_length}. Raise it")
 
-    def pair(row: Row) -> tuple[str, str]:
-        prompt = template.format(context=row.context, question=row.question)
-        return prompt, follow(prompt, _answer(row, no_answer))
+    def pairs(rows: list[Row]) -> list[tuple[str, str]]:
+        return fill(template, ((vars(row), _answer(row, no_answer)) for row in rows))
 
     def metrics(predictions: list[str], references: list[Any]) -> dict[str, float]:
         said = [first_line(text) for text in predictions]
@@ -110,10 +109,8 @@ def load(
 
     return Task(
         name="squad",
-        train=prompt_completion(map(pair, train)),
-        eval=prompt_completion(map(pair, held_out), answers=(list(row.answers) for row in held_out))
-        if held_out
-        else None,
+        train=prompt_completion(pairs(train)),
+        eval=prompt_completion(pairs(held_out), answers=(list(row.answers) for row in held_out)) if held_out else None,
         metrics=metrics,
         max_new_tokens=MAX_NEW_TOKENS,
         description=DESCRIPTION,
@@ -276,12 +273,13 @@ class _Cutter:
         """Tokens of each row as `data.tokenize` makes them, with the end."""
         if not rows:
             return []
-        prompts = [self.template.format(context=row.context, question=row.question) for row in rows]
-        texts = [follow(prompt, _answer(row, self.no_answer)) for prompt, row in zip(prompts, rows, strict=True)]
-        answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        pairs = fill(self.template, ((vars(row), _answer(row, self.no_answer)) for row in rows))
+        answers = self.tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
         return [
             max(1, len(prompt)) + len(answer) + 1
-            for prompt, answer in zip(self.tokenizer(prompts)["input_ids"], answers, strict=True)
+            for prompt, answer in zip(
+                self.tokenizer([prompt for prompt, _ in pairs])["input_ids"], answers, strict=True
+            )
         ]
 
     def _cut(self, row: Row, reserve: int, first: int | None, last: int | None) -> Row | None:

@@ -215,7 +215,7 @@ def test_only_some_modules_extrapolate():
         ValueError, match="'extrapolate' has questions for algebra__polynomial_roots, .*got module measurement__time"
     ):
         load_task("math", module="measurement__time", eval_split="extrapolate")
-    with pytest.raises(ValueError, match="eval_split must be one of extrapolate, interpolate, got 'extrapolation'"):
+    with pytest.raises(ValueError, match="eval_split must be one of interpolate, extrapolate, got 'extrapolation'"):
         load_task("math", eval_split="extrapolation")
 
 

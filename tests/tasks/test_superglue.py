@@ -87,6 +87,27 @@ def test_published_files_and_the_hub_give_the_same_rows(archive, monkeypatch, su
     assert set(local.metrics(local.eval["completion"][:], local.eval["completion"][:]).values()) == {1.0}
 
 
+@pytest.mark.slow
+def test_the_real_client_loads_the_hubs_parquet_files(archive, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    splits = {split: f"rte/{split}-00000-of-00001.parquet" for split in ("train", "validation")}
+    listed = "".join(f"  - split: {split}\n    path: rte/{split}-*\n" for split in splits)
+    files = {"README.md": f"---\nconfigs:\n- config_name: rte\n  data_files:\n{listed}---\n".encode()}
+    for path in splits.values():
+        on_the_hub("rte").to_parquet(tmp_path / "part.parquet")
+        files[path] = (tmp_path / "part.parquet").read_bytes()
+    hub.create("datasets/aps/super_glue")
+    hub.commit("datasets/aps/super_glue", "main", "data", files)
+    remote, local = load_task("rte"), load_task("rte", data_dir=archive)
+    assert remote.train.to_list() == local.train.to_list() and remote.eval.to_list() == local.eval.to_list()
+    assert remote.dataset == "aps/super_glue" and hub.counted(r"GET /datasets/aps/super_glue/resolve/.*parquet")
+    with pytest.raises(
+        OSError, match="dataset 'user/none' can't be loaded .* pass a folder with SuperGLUE's jsonl files"
+    ):
+        load_task("rte", dataset="user/none")
+
+
 def test_the_hubs_own_names_of_classes_win_over_our_order(monkeypatch):
     rows = on_the_hub("rte").cast_column("label", datasets.ClassLabel(names=["not_entailment", "entailment"]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict(train=rows))
