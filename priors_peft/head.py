@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .architecture import decoder
+from .sharding import is_sharded
 
 
 # Logits of that many elements at once: 64 MiB in float32, and as much again for their gradient.
@@ -50,6 +51,10 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def supervised_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log likelihood of each target, in nats, shape `[N]`, from the states `[N, d]` that predict them."""
+    if is_sharded(model):
+        # Processes must use the head equally often, and its gradient inside a forward pass would set off their hooks.
+        logits = logits_of(model, hidden.unsqueeze(0)).squeeze(0)
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     most = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
     return _NLL.apply(hidden, targets, model, -(-len(hidden) // most))
 

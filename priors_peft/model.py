@@ -36,6 +36,7 @@ from .passes import (
     prompted_embeddings,
 )
 from .priors.reference import Provenance
+from .sharding import is_sharded, shape
 
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             )
         config.num_layers = text_config.num_hidden_layers
         layers = config.selected_layers(config.num_layers)
-        config.token_dim = self.base_model.get_input_embeddings().weight.shape[1]
+        config.token_dim = shape(self.base_model.get_input_embeddings().weight)[1]
         if len(layers) > 1 and config.token_dim != text_config.hidden_size:
             raise ValueError(
                 f'tuning must be "soft" for a model whose embeddings ({config.token_dim}) and hidden states '
@@ -264,7 +265,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
             result.loss = nll.sum() / count
             log_prior = self._log_prior(prompts) if self.training else None
-            result.log_prior = log_prior if log_prior is None or adapter_names is not None else log_prior[0]
+            result.log_prior = log_prior if log_prior is None or adapter_names is not None else log_prior.sum()
         return result if return_dict is not False else result.to_tuple()
 
     def _log_prior(self, prompts: dict[str, Prompt]) -> Tensor | None:
@@ -294,6 +295,10 @@ class PriorPeftModel(PeftModelForCausalLM):
         config = self.peft_config[name]
         return Prompt(self.prompt_encoder[name](), config.selected_layers(config.num_layers), rows or [])
 
+    def run_prompt(self, name: str) -> PromptState:
+        """The key/value cache of a prompt, and its last hidden state."""
+        return prompt_pass(self.base_model, self.prompt(name))
+
     def _padded_states(
         self, prompts: dict[str, Prompt], text: Text, options: dict[str, Any], result: PriorCausalLMOutput
     ) -> Tensor:
@@ -318,7 +323,7 @@ class PriorPeftModel(PeftModelForCausalLM):
 
     def _state(self, name: str, prompt: Prompt) -> PromptState:
         """The prompt's key/value cache; within `cached_prompt` the one that is kept, if the prompt is still the same."""
-        if self._kept is None or torch.is_grad_enabled() or self.training:
+        if self._kept is None or torch.is_grad_enabled() or self.training or is_sharded(self):
             return prompt_pass(self.base_model, prompt)
         tensors = list(self.prompt_encoder[name].state_dict(keep_vars=True).values())
         version = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
@@ -392,6 +397,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         prompt, rows = self.prompt(self.active_adapter), Text(input_ids, embeddings, mask, None)
         rows.check_fits(base, prompt.length)
         kwargs["attention_mask"] = extended_mask(mask, prompt.length)
+        if is_sharded(self):
+            kwargs.setdefault("synced_gpus", True)  # a process that is done goes on for those that are not
         if self._concatenates(self.training):
             kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
             with deep_prompts(base, [(0, prompt)]):

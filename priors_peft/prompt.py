@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
 from .priors import Prior
+from .sharding import whole
 
 
 class PriorPromptEncoder(BasePromptEncoder):
@@ -37,11 +38,12 @@ class PriorPromptEncoder(BasePromptEncoder):
 
     def forward(self) -> Tensor:
         """θ of every selected layer, shape `[S, P, d]`; in float32 also under autocast, as it is saved."""
+        coordinate = whole(self.coordinate).float()
         if self.coordinates == "plain":
             # Not the parameter itself: sharded training frees that as soon as this module has run.
-            return self.coordinate.clone()
+            return coordinate.clone()
         with self._full_precision():
-            return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, self.coordinate, strict=True)])
+            return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, coordinate, strict=True)])
 
     @property
     def has_density(self) -> bool:

@@ -25,6 +25,7 @@ from .files import check_writable
 from .hub.trainer import HubTrainer
 from .inference.map import choose_weight, weight_factor
 from .model import PriorPeftModel
+from .sharding import as_forward, share
 from .tracking import TrackingCallback
 
 
@@ -161,14 +162,15 @@ class PriorTrainer(HubTrainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        _check_processes(self)
+        for name in self.adapter_names:
+            share(model.prompt_encoder[name], args.device)
         self.model_accepts_loss_kwargs = True
         # The model also scores a row's first token where it is supervised, so all labels count.
         self._loss_shifts_labels = False
         # First, so that what reports (TensorBoard and the like) sees the figures and is still open for pictures.
         callbacks = self.callback_handler.callbacks
         callbacks[:0] = [PriorCallback(), TrackingCallback(callbacks)]
-        if len(self.adapter_names) > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
         self._nll: Tensor | float = 0.0
         self._step_nll = torch.zeros(len(self.adapter_names))
         self._logged_step: int | None = None
@@ -362,7 +364,7 @@ class PriorTrainer(HubTrainer):
             room = max(1, self._max_length - self.args.max_new_tokens)
             rows = [row[-room:] for row in rows]
         prompts = padded_text(rows, self.processing_class.pad_token_id, "left", self.args.device)
-        generated = self.accelerator.unwrap_model(model).generate(
+        generated = as_forward(self.accelerator.unwrap_model(model), "generate")(
             **prompts,
             max_new_tokens=self.args.max_new_tokens,
             do_sample=False,
@@ -382,6 +384,41 @@ def _check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> Non
     if args.n_gpu > 1:
         warnings.warn("Training on one GPU: start with `accelerate launch` to use all of them.")
         args._n_gpu = 1
+
+
+def _check_processes(trainer: PriorTrainer) -> None:
+    """Refuse what can't be honoured on several processes, or by what shards a model over them."""
+    rows, processes = trainer.train_dataset, trainer.args.world_size
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if started != processes:
+        raise ValueError(
+            f"the launcher started {started} processes, but accelerate sees {processes}: without a GPU, DeepSpeed needs "
+            "--ddp_backend gloo"
+        )
+    if hasattr(rows, "__len__") and len(rows) < processes:
+        raise ValueError(
+            f"train_dataset must have a row for each of the {processes} processes, got {len(rows)} rows: start fewer "
+            f"processes (--num_processes {len(rows)}) or give more rows"
+        )
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        return
+    if len(trainer.adapter_names) > 1:
+        raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
+    if trainer.model.active_peft_config.prior_weight == "auto":
+        raise ValueError(
+            'prior_weight must be a number under DeepSpeed and FSDP, got "auto": choose it with DDP or on one GPU'
+        )
+    if trainer.args.bf16 or trainer.args.fp16:
+        raise ValueError(
+            "bf16 and fp16 must be off under DeepSpeed and FSDP, where they would round the prompt itself: the base "
+            "model's type is that of its checkpoint, or dtype's"
+        )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):
+        raise ValueError(
+            "fsdp_config must have fsdp_version 2 and fsdp_cpu_ram_efficient_loading false (all processes fit the "
+            f"prior), got {plugin.fsdp_version} and {plugin.cpu_ram_efficient_loading}: see accelerate_configs/fsdp2.yaml"
+        )
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

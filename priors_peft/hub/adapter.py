@@ -11,14 +11,13 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config import PriorConfig
 from ..files import atomic_path, sha256, write_json
-from ..passes import Prompt, prompt_pass
 from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
+from ..sharding import as_forward, shape, whole_state
 from .reading import check_sound, fetch_file, read_json, read_tensors, required
 
 
@@ -57,8 +56,9 @@ def save_adapters(
         raise ValueError(f"selected_adapters must be among {list(model.peft_config)}, got {unknown}")
     for name in names:
         stock = stock_adapter(model, name)
+        state = whole_state(model.prompt_encoder[name]) | {"prompt": model.prompt(name).theta}
         if is_main_process:
-            _write(model, name, *stock, folder if name == "default" else folder / name)
+            _write(model, name, *stock, state, folder if name == "default" else folder / name)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def stock_adapter(
         stock = PromptTuningConfig(**shared, token_dim=config.token_dim, num_attention_heads=heads)
         weights = prompt.theta[0]
     else:
-        cache = _prompt_cache(model.base_model, prompt)
+        cache = _prompt_cache(model, name)
         shapes = {tuple(layer.keys.shape) for layer in cache.layers} | {
             tuple(layer.values.shape) for layer in cache.layers
         }
@@ -110,23 +110,26 @@ def stock_adapter(
     return stock.to_dict(), {"prompt_embeddings": weights.float().cpu().contiguous()}
 
 
-def _prompt_cache(base_model: PreTrainedModel, prompt: Prompt) -> Any:
-    training = base_model.training
-    base_model.eval()
+def _prompt_cache(model: "PriorPeftModel", name: str) -> Any:
+    training = model.base_model.training
+    model.base_model.eval()
     try:
-        return prompt_pass(base_model, prompt).cache
+        return as_forward(model, "run_prompt")(name).cache
     finally:
-        base_model.train(training)
+        model.base_model.train(training)
 
 
 def _write(
-    model: "PriorPeftModel", name: str, stock: dict[str, Any], weights: dict[str, Tensor], folder: Path
+    model: "PriorPeftModel",
+    name: str,
+    stock: dict[str, Any],
+    weights: dict[str, Tensor],
+    state: dict[str, Tensor],
+    folder: Path,
 ) -> None:
     config: PriorConfig = model.peft_config[name]
     encoder: Any = model.prompt_encoder[name]
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    with torch.no_grad():
-        state["prompt"] = encoder().cpu()
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     described = {
         "format_version": FORMAT_VERSION,
@@ -199,7 +202,7 @@ class SavedAdapter:
 
     def check_fits(self, model: Any) -> None:
         """Raise `ValueError` unless the prompt is as wide and as deep as the base model."""
-        width = model.get_input_embeddings().weight.shape[1]
+        width = shape(model.get_input_embeddings().weight)[1]
         layers = model.config.get_text_config().num_hidden_layers
         if self.prompt.shape[-1] != width:
             raise ValueError(

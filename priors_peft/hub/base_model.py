@@ -90,7 +90,9 @@ def load_base_model(
         ValueError: If `revision` goes with a model that is not on the Hub; else as `resolve_base_model`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from ..sharding import partitioned_as
 
     source = resolve_base_model(name)
     if revision is not None and Path(source).is_dir():
@@ -105,7 +107,9 @@ def load_base_model(
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        own = AutoConfig.from_pretrained(source, **options).dtype if dtype == "auto" else dtype
+        with partitioned_as(own):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except OSError as error:
         if Path(source).is_dir():
             raise

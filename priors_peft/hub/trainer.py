@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from ..files import atomic_path
+from ..sharding import is_sharded
 from .adapter import ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS
 from .card import CARD, adapters_in, write_card
 from .facts import collect_facts, read_facts
@@ -59,7 +60,15 @@ class HubTrainer(Trainer):
                 self._try_card(Path(self.args.output_dir))
         return figures
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`'s, but that only the prompt is gathered where the model is sharded; every process calls this."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save and is_sharded(self.model):
+            self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

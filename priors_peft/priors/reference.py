@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data import pad
 from ..files import atomic_path, cache_dir
+from ..sharding import gathered, gathered_in_turn, is_sharded
 from .moments import Moments
 
 
@@ -107,11 +108,11 @@ def vocabulary_reference(
         A reference and its provenance for each layer.
     """
     embedding = model.get_input_embeddings()
-    ids = vocabulary_ids(embedding, tokenizer)
-    device = embedding.weight.device
+    with gathered(embedding.parameters()):
+        ids = vocabulary_ids(embedding, tokenizer)
+        # Through the module, not from its weight: some models (Gemma) scale embeddings as they look them up.
+        rows = embedding(ids.to(embedding.weight.device)).float().cpu()
     counts = None if texts is None else _occurrences(ids, tokenizer, texts)
-    # Through the module, not from its weight: some models (Gemma) scale embeddings as they look them up.
-    rows = embedding(ids.to(device)).float().cpu()
     references: dict[int, Reference] = {0: rows}
     if counts is not None:
         weighted = Moments(seed=seed)
@@ -199,6 +200,8 @@ def text_states(model: Any, layers: list[int], ids: Tensor) -> list[Tensor]:
 
 def cached(model: Any, settings: dict[str, Any], compute: Callable[[], list[Moments]]) -> list[Moments]:
     """What `compute` gives, kept in the cache folder under the model's weights and the settings."""
+    if is_sharded(model):
+        return compute()  # by all processes, even if one of them has it in its cache
     # Two sums of every weight: the name stays when weights are merged or edited in memory.
     fingerprint = [
         (part.detach().float().sum().item(), part.detach().float().abs().sum().item()) for part in model.parameters()
@@ -248,10 +251,11 @@ def _states(model: Any, layers: list[int], batches: list[tuple[Tensor, Tensor]],
 
 def _layer_inputs(model: Any, layers: list[int], ids: Tensor, mask: Tensor | None) -> list[Tensor]:
     hidden: Any = ()
-    if any(layers):
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    # The prompt enters before positions are added (GPT-2), so layer 0 is the embedding itself.
-    return [(hidden[layer] if layer else model.get_input_embeddings()(ids)).float() for layer in layers]
+    with gathered_in_turn(model):
+        if any(layers):
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        # The prompt enters before positions are added (GPT-2), so layer 0 is the embedding itself.
+        return [(hidden[layer] if layer else model.get_input_embeddings()(ids)).float() for layer in layers]
 
 
 def _occurrences(ids: Tensor, tokenizer: Any, texts: Sequence[str]) -> Tensor:

@@ -1,0 +1,129 @@
+"""The recipe under one process and under each of `accelerate_configs/` with two: the same prompt, saved and pushed once."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HUB, addition_rows, make_model, make_tokenizer
+from safetensors.torch import load_file
+
+from priors_peft import PriorPeftModel
+from priors_peft.cli import main
+from priors_peft.snapshots import SNAPSHOTS, read_snapshots
+
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+# Deep, so that the priors' references and the saved adapter take passes through the sharded model too.
+RECIPE = [
+    *("--tuning", "deep", "--layers", "0,-1", "--num_virtual_tokens", "4", "--max_new_tokens", "4"),
+    *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "2"),
+    *("--hub_model_id", "user/tuned", "--hub_strategy", "end", "--report_to", "none", "--disable_tqdm", "true"),
+]
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> list[str]:
+    """The flags: a tiny model and rows of which no two are alike, as many for evaluation as two processes can't share."""
+    folder = tmp_path_factory.mktemp("recipe")
+    base = folder / "base"
+    make_model().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    files = []
+    for name, rows in (("train", addition_rows(32)), ("eval", addition_rows(7, start=400))):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files += [f"--{name}_file", str(path)]
+    return ["--model", str(base), *files, *RECIPE]
+
+
+@pytest.fixture(scope="module")
+def one(recipe, tmp_path_factory) -> Path:
+    """What one process makes of it."""
+    folder = tmp_path_factory.mktemp("one")
+    rows = ["--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    assert main(["train", *recipe, *rows, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def launch(config: str, folder: Path, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` of two processes, on CPUs unless the environment says otherwise."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "tests/distributed/launched.py"), str(folder), *arguments]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    if config.startswith("zero"):
+        # DeepSpeed must not be told; it is for GPUs, and finds none.
+        environment.pop("ACCELERATE_USE_CPU")
+    # An end to a hang, which is what is tested; it takes seconds.
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=400, cwd=str(folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "tolerance", "expected"),
+    [
+        ("ddp", 1e-5, {"type": "MULTI_CPU"}),
+        pytest.param("zero2", 1e-4, {"type": "DEEPSPEED", "zero_stage": 2}, marks=needs_deepspeed),
+        pytest.param("zero3", 1e-4, {"type": "DEEPSPEED", "zero_stage": 3}, marks=needs_deepspeed),
+        ("fsdp2", 1e-4, {"type": "FSDP", "fsdp_version": 2}),
+    ],
+)
+def test_two_processes_give_what_one_gives_and_save_and_push_once(config, tolerance, expected, recipe, one, tmp_path):
+    HUB.reset()
+    arguments = [*recipe, "--per_device_train_batch_size", "2", "--push_to_hub", "true"]
+    arguments += ["--ddp_backend", "gloo"] if config.startswith("zero") else []
+    done = launch(config, tmp_path, arguments, **HUB.environment(HF_HOME=str(tmp_path / "hf")))
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["world_size"] == 2 and expected.items() <= found.items(), found
+    sharded = config in ("zero3", "fsdp2")
+    assert found["held"] < 0.6 * found["all"] if sharded else found["held"] == found["all"]
+
+    alone, ours, resumed = (
+        load_file(path / "prior.safetensors") for path in (one, tmp_path / "first", tmp_path / "resumed")
+    )
+    assert alone.keys() == ours.keys()
+    for name in alone:  # the fitted priors and the initial prompt too
+        assert torch.allclose(ours[name], alone[name], atol=tolerance, rtol=0), name
+    assert all(torch.equal(ours[name], resumed[name]) for name in ours)
+    (steps, course), (steps_alone, course_alone) = (
+        read_snapshots(path / SNAPSHOTS) for path in (tmp_path / "first", one)
+    )
+    assert steps == steps_alone and torch.allclose(course, course_alone, atol=tolerance, rtol=0)
+
+    # Seven rows over two processes: the figure is of these seven, none of them twice, and there is an answer to each.
+    figures, alone = (json.loads((path / "eval_results.json").read_text()) for path in (tmp_path / "first", one))
+    assert figures["eval_loss"] == pytest.approx(alone["eval_loss"], abs=tolerance)
+    assert figures["eval_exact_match"] == alone["eval_exact_match"]
+    logged, alone = (
+        json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (tmp_path / "first", one)
+    )
+    for name in ("loss", "prior/nll", "grad_norm"):
+        assert [row[name] for row in logged if name in row] == pytest.approx(
+            [row[name] for row in alone if name in row], rel=1e-3
+        )
+
+    # Two runs, each pushed by one process.
+    assert HUB.commits("user/tuned") == ["End of training"] * 2
+    stock, stock_alone = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "first", one))
+    assert torch.allclose(stock["prompt_embeddings"], stock_alone["prompt_embeddings"], atol=tolerance, rtol=0)
+
+    tuned = PriorPeftModel.from_pretrained(make_model(), str(one))
+    text = make_tokenizer()(["3 plus 4"], return_tensors="pt")["input_ids"]
+    assert found["answer"] == tuned.generate(text, max_new_tokens=3, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+def test_a_process_that_dies_ends_the_job_with_its_error(recipe, tmp_path):
+    done = launch("cpu", tmp_path, [*recipe, "--per_device_train_batch_size", "2"], DYING_RANK="1")
+    assert done.returncode != 0 and "this process dies of a planted error" in done.stderr
+    assert not (tmp_path / "first" / "prior.safetensors").exists()
