@@ -40,6 +40,7 @@ extras["dev"] = [
     "trackio>=0.43",
     *extras["demo"],
     *extras["analysis"],
+    *extras["deepspeed"],
 ]
 
 setup(

@@ -25,8 +25,17 @@ from .push import ADAPTER_FILES, PushError, adopt_card, commit, explained, files
 logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
-# Not shared with a checkpoint: a pickle that nothing needs, the card, which is at the root, and the base model's tokenizer.
-_LEFT_OUT = ("training_args.bin", CARD, "tokenizer*", "*token*.json", "vocab*", "merges.txt", "chat_template*")
+# Not shared with a checkpoint: a pickle and scripts that nothing needs, the card, the base model's tokenizer.
+_LEFT_OUT = (
+    "training_args.bin",
+    "zero_to_*.py",
+    CARD,
+    "tokenizer*",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
 
 
 class HubTrainer(Trainer):
