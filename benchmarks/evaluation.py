@@ -15,7 +15,7 @@ import torch
 from side_by_side import base_model, machine, ours, pairs, ratio, stock_twin
 
 from priors_peft import PriorTrainer, PriorTrainingArguments, load_base_model
-from priors_peft.data import IGNORED, pad, prompts_of, tokenize
+from priors_peft.data import IGNORED, pad, padded_text, prompts_of, tokenize
 from priors_peft.tasks import load_task
 
 
@@ -28,15 +28,13 @@ def stock_evaluation(model: Any, rows: list[dict], pad_token_id: int, device: to
     total, answers = 0.0, []
     for start in range(0, len(rows), BATCH):
         chunk = rows[start : start + BATCH]
-        ids = pad([row["input_ids"] for row in chunk], pad_token_id, "left").to(device)
-        mask = pad([row["attention_mask"] for row in chunk], 0, "left").to(device)
+        text = padded_text([row["input_ids"] for row in chunk], pad_token_id, "left", device)
         labels = pad([row["labels"] for row in chunk], IGNORED, "left").to(device)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss = model(**text, labels=labels).loss
         total += float(loss) * int((labels != IGNORED).sum())
-        prompts = prompts_of(ids.tolist(), mask.tolist(), labels.tolist())
+        prompts = prompts_of(*(part.tolist() for part in (*text.values(), labels)))
         generated = model.generate(
-            input_ids=pad(prompts, pad_token_id, "left").to(device),
-            attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(device),
+            **padded_text(prompts, pad_token_id, "left", device),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=pad_token_id,

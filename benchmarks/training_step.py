@@ -34,7 +34,7 @@ from side_by_side import (
 from tqdm.auto import tqdm
 
 from priors_peft import load_base_model
-from priors_peft.data import IGNORED, pad, tokenize
+from priors_peft.data import IGNORED, pad, padded_text, tokenize
 from priors_peft.tasks import load_task
 
 
@@ -107,10 +107,11 @@ def real(name: str, options: argparse.Namespace) -> dict[str, Any]:
     stock = stock_twin(base, tuned.prompt_encoder["default"]()[0]).train()
 
     def collate(indices: list[int]) -> dict[str, torch.Tensor]:
-        fills = (("input_ids", tokenizer.pad_token_id), ("attention_mask", 0), ("labels", IGNORED))
-        return {
-            column: pad([rows[index][column] for index in indices], fill, "right").to(options.device)
-            for column, fill in fills
+        text = padded_text(
+            [rows[index]["input_ids"] for index in indices], tokenizer.pad_token_id, "right", options.device
+        )
+        return text | {
+            "labels": pad([rows[index]["labels"] for index in indices], IGNORED, "right").to(options.device)
         }
 
     inputs, in_groups = ([collate(indices) for indices in part] for part in (as_they_come, grouped))

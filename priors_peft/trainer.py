@@ -1,5 +1,6 @@
 """Training under a prior: `PriorTrainer` and its arguments."""
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -96,7 +97,7 @@ class PriorTrainer(HubTrainer):
         **kwargs: The rest of `Trainer`'s arguments.
 
     Raises:
-        TypeError: The model is not a `PriorPeftModel`.
+        TypeError: The model is not a `PriorPeftModel`, or the arguments are not `PriorTrainingArguments`.
         ValueError: The data lacks a column or a supervised token, or an argument can't be honoured here.
         OSError: `output_dir` can't be written to or has no room, found out before anything is trained.
     """
@@ -115,11 +116,9 @@ class PriorTrainer(HubTrainer):
         learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, PriorPeftModel):
-            raise TypeError(f"model must be a PriorPeftModel (see get_prior_model), got {type(model).__name__}")
-        if processing_class is None:
-            raise ValueError("processing_class must be the base model's tokenizer, got None")
-        args = args or PriorTrainingArguments()
+        _check_types(model, args, processing_class)
+        # What is filled in depends on the model, and the caller may use the arguments again for another.
+        args = PriorTrainingArguments() if args is None else copy.copy(args)
         _check_options(args, kwargs)
         if args.should_save:
             # The prompt, its prior and the optimizer's moments, in the checkpoints that are kept, one more, and at the end.
@@ -202,6 +201,7 @@ class PriorTrainer(HubTrainer):
         config = self.model.active_peft_config
         if config.prior_weight == "auto":
             config.prior_weight = choose_weight(self)
+        self._nll, self._logged_step = 0.0, None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -371,6 +371,15 @@ class PriorTrainer(HubTrainer):
             pad_token_id=self.processing_class.pad_token_id,
         )
         return generated[:, prompts["input_ids"].shape[1] :]
+
+
+def _check_types(model: Any, args: Any, processing_class: Any) -> None:
+    if not isinstance(model, PriorPeftModel):
+        raise TypeError(f"model must be a PriorPeftModel (see get_prior_model), got {type(model).__name__}")
+    if args is not None and not isinstance(args, PriorTrainingArguments):
+        raise TypeError(f"args must be PriorTrainingArguments, got {type(args).__name__}")
+    if processing_class is None:
+        raise ValueError("processing_class must be the base model's tokenizer, got None")
 
 
 def _check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import WIDTH, addition_rows, make_model, make_tokenizer
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.analysis.geometry import effective_rank, mean_pairwise_cosine
@@ -133,6 +133,26 @@ def test_logs_carry_the_priors_figures(tmp_path):
     assert entry["prior/mean_pairwise_cosine"] == pytest.approx(mean_pairwise_cosine(prompt).item(), abs=1e-3)
     assert 0 < entry["prior/drift"] < 1e-3
     assert all("prior/drift" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_training_again_logs_its_own_steps(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=1e-9, max_steps=5, logging_steps=3)
+    logged = []
+    for _ in range(2):
+        trainer.train()
+        logged.append([entry["prior/nll"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+def test_arguments_serve_several_trainers(tmp_path):
+    args = PriorTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for architecture, strategy in (("bloom", "group_by_length"), ("llama", "random")):
+        for coordinates in ("plain", "whitened"):
+            config = PriorConfig(num_virtual_tokens=4, coordinates=coordinates)
+            model = get_prior_model(make_model(architecture), config, tokenizer=make_tokenizer())
+            trainer = PriorTrainer(model=model, args=args, processing_class=make_tokenizer())
+            assert (trainer.args.learning_rate == 0.3) == (coordinates == "whitened")
+            assert trainer.args.train_sampling_strategy == strategy
 
 
 def test_evaluation_is_exact_and_generates(tmp_path):
@@ -418,6 +438,8 @@ def test_bad_arguments_are_refused(tmp_path):
     tokenizer = make_tokenizer()
     with pytest.raises(TypeError, match="model must be a PriorPeftModel .* got LlamaForCausalLM"):
         PriorTrainer(model=make_model(), processing_class=tokenizer)
+    with pytest.raises(TypeError, match="args must be PriorTrainingArguments, got TrainingArguments"):
+        PriorTrainer(model=model, args=TrainingArguments(str(tmp_path)), processing_class=tokenizer)
     with pytest.raises(ValueError, match="processing_class must be the base model's tokenizer"):
         PriorTrainer(model=model)
     with pytest.raises(ValueError, match="label_smoothing_factor must be off, got 0.1"):
