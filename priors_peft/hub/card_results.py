@@ -48,6 +48,7 @@ def results(facts: "Facts") -> str | None:
     """Figures of the prompt beside none and the one before training, and of several runs; None if none is known."""
     training, several = facts.training, len(facts.training.results) > 1
     found = dict(facts.evaluation.get("figures") or {})
+    found = _initial(facts, found) | found
     rows: dict[str, Figures] = {name: found.pop(name) for name in _BESIDE if name in found} | found
     count = facts.evaluation.get("num_rows") if rows else training.num_eval_rows
     if not rows:
@@ -69,6 +70,15 @@ def results(facts: "Facts") -> str | None:
         parts.append(f"{on}\n\n{table(['', _NAMES['nll']], lines)}")
     parts.append(_runs(facts) or "")
     return "\n\n".join(part for part in parts if part) or None
+
+
+def _initial(facts: "Facts", found: dict[str, Figures]) -> dict[str, Figures]:
+    """Figures before training from its own log, if it was evaluated on the same rows: the loss after it is the same."""
+    before = facts.training.initial_results.get(facts.name)
+    loss = facts.training.results.get(facts.name, {}).get("loss", math.nan)
+    if not before or not math.isclose(loss, found.get("this prompt", {}).get("nll", math.nan), rel_tol=1e-3):
+        return {}
+    return {"before training": {"nll" if name == "loss" else name: value for name, value in before.items()}}
 
 
 def _named(name: str) -> str:

@@ -321,6 +321,12 @@ def test_evaluation_beside_no_prompt_and_the_start_goes_onto_the_card(adapter, c
     )
     names = ["no prompt", "before training", "this prompt"]
     assert re.findall(rf"^\| ({'|'.join(names)}) \|", body(adapter), re.MULTILINE) == names
+    # Where only training's own log knows the start, it is told if the rows were the same.
+    for nll, said in ((told["figures"]["this prompt"]["nll"], names), (9.0, ["no prompt", "this prompt"])):
+        later = {"no prompt": {"nll": 5.0}, "this prompt": {"nll": nll}}
+        write_json(adapter / "evaluation.json", told | {"figures": later})
+        shown = re.findall(rf"^\| ({'|'.join(names)}) \|", card_text(adapter), re.MULTILINE)
+        assert shown == said
     write_json(adapter / TASK_FILE, {"task": "math"})
     write_json(adapter / "evaluation.json", {})
     assert main(["evaluate", str(adapter), "--train_file", str(rows), "--num_eval", "8"]) == 0
