@@ -69,6 +69,11 @@ def test_commands_name_flags_files_and_targets_that_are_there(page, words, monke
         of_launched = {"--ddp_backend", "gloo"}  # for processes that a launcher started
         words = [word for word in words[words.index("recipes/train.py") + 1 :] if word not in of_launched]
         words = ["priors-peft", "train", *words]
+    if "recipes/sweep.py" in words:
+        monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+        path, *flags = words[words.index("recipes/sweep.py") + 1 :]
+        for run in importlib.import_module("sweep").read_sweep(path, [*flags, "--use_cpu"]):
+            run.parsed()
     if words[0] == "priors-peft":
         assert words[1] in COMMANDS
         module = importlib.import_module(f"priors_peft.commands.{words[1]}")
