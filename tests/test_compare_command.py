@@ -109,6 +109,8 @@ def test_no_prompt_is_what_evaluate_measures(study, tmp_path, capsys):
         "--output_file",
         str(tmp_path / "figures.json"),
     ]
+    assert "Activations are not compared" in capsys.readouterr().out
+    assert not list(tmp_path.glob("activations*"))
     assert main(["evaluate", str(adapter), *rows]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     found = json.loads((tmp_path / "compare.json").read_text())

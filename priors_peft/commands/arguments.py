@@ -63,7 +63,10 @@ class PromptArguments:
     )
     reference: str = field(default="vocabulary", metadata={"help": "vocabulary, activations or adapters"})
     reference_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Its settings as JSON: {"tasks": ["math"]}, {"adapters": [...]}'}
+        default=None,
+        metadata={
+            "help": 'Its settings as JSON: {"tasks": ["math"]}, {"tasks": {"squad": {"data_dir": ...}}}, {"adapters": [...]}'
+        },
     )
     layers: list[int] | str | None = field(
         default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"}

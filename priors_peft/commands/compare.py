@@ -247,9 +247,10 @@ def activations(
 ) -> dict[str, dict[int, dict[str, Tensor]]]:
     """Mean states of the rows before their answers, cut to equal lengths, `[n, d]` by condition, layer and task.
 
-    Padding and virtual tokens don't count. Conditions are no prompt, and one prompt before the rows of all tasks.
+    Padding and virtual tokens don't count. Conditions are no prompt, and one prompt before the rows of all tasks. Empty
+    for one task, or fewer rows than the probe's folds.
     """
-    if len(tokens) < 2:
+    if len(tokens) < 2 or min(map(len, tokens.values())) < FOLDS:
         return {}
     columns = ("input_ids", "attention_mask", "labels")
     before = {
@@ -374,7 +375,9 @@ def _regions(regions: dict[str, Any]) -> str:
 
 def _clusters(found: list[dict[str, Any]]) -> str:
     if not found:
-        return ""
+        return (
+            f"Activations are not compared: that takes two tasks with at least {FOLDS} evaluation rows each (--tasks)."
+        )
     heads = ["before the rows", "layer", "tasks", "rows each", "silhouette", "probe accuracy", "chance"]
     lines = [
         [
