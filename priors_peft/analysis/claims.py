@@ -62,7 +62,7 @@ def token_state(row: Part, level: float) -> str:
 
 
 def signal(adapter: Part, level: float) -> str | None:
-    """How many virtual tokens lie nearer to a word than chance and start explain."""
+    """How many virtual tokens lie nearer to a word than random prompts and start explain."""
     tokens = adapter.get("tokens")
     if not tokens:
         return None
@@ -71,9 +71,24 @@ def signal(adapter: Part, level: float) -> str | None:
     verb = "lies" if found == 1 else "lie"
     kept = f"; {inherited} more did from the start" if inherited else ""
     return (
-        f"{found or 'none'} of {plural(len(rows), 'virtual token')} {verb} nearer to a word than chance "
-        f"({percent(level)} level){kept}"
+        f"{found or 'none'} of {plural(len(rows), 'virtual token')} {verb} nearer to a word than random "
+        f"prompts ({percent(level)} level){kept}"
     )
+
+
+def stayed(adapter: Part) -> str | None:
+    """How many virtual tokens have the nearest word that they started with; None where the start is not known."""
+    moved = [row["moved"] for row in (adapter.get("tokens") or {}).get("virtual_tokens", [])]
+    if not moved or None in moved:
+        return None
+    kept = moved.count(False)
+    return f"{kept or 'none'} of {plural(len(moved), 'virtual token')} kept the nearest word of the start"
+
+
+def scripts(adapter: Part) -> str | None:
+    """The scripts that the nearest words are in."""
+    shares = (adapter.get("tokens") or {}).get("scripts")
+    return shares and "nearest words are " + ", ".join(f"{percent(share)} {name}" for name, share in shares.items())
 
 
 def last_measure(adapter: Part, name: str, layer: int = 0) -> dict[str, Any] | None:
@@ -151,13 +166,14 @@ def tokens_title(adapters: Sequence[Part], level: float) -> str | None:
     """Of the picture of nearest tokens; for several prompts how many show any, beside how many would by chance."""
     measured = [adapter for adapter in adapters if adapter.get("tokens")]
     if len(measured) < 2:
-        return _named(measured[0], signal(measured[0], level)) if measured else None
+        said = [signal(measured[0], level), stayed(measured[0])] if measured else []
+        return _named(measured[0], "; ".join(filter(None, said))) if measured else None
     shown = sum(adapter["tokens"]["num_signal"] > 0 for adapter in measured)
     found = sum(adapter["tokens"]["num_signal"] for adapter in measured)
     total = sum(len(adapter["tokens"]["virtual_tokens"]) for adapter in measured)
     return (
         f"{shown or 'None'} of {len(measured)} prompts {'has' if shown < 2 else 'have'} virtual tokens nearer to a word "
-        f"than chance ({found} of {total} tokens); {number(level * len(measured), 2)} of {len(measured)} random ones would"
+        f"than random prompts ({found} of {total} tokens); {number(level * len(measured), 2)} would by chance"
     )
 
 
@@ -165,7 +181,8 @@ def geometry_title(adapters: Sequence[Part]) -> str | None:
     """Of the picture of geometry over training."""
     shapes = {adapter["name"]: shape_of(adapter) for adapter in adapters if shape_of(adapter)}
     if len(adapters) == 1 or not shapes:
-        return _named(adapters[0], collapse(adapters[0])) if adapters else None
+        said = collapse(adapters[0]) if adapters else None
+        return said and f"{adapters[0]['name']} has {said}"
     moved = [found["value"] for found in (last_measure(adapter, "drift") for adapter in adapters) if found]
     span = f"; drift {number(min(moved), 2)} to {number(max(moved), 2)} prior standard deviations" if moved else ""
     found = {which: [name for name, shape in shapes.items() if shape == which] for which in ("collapsed", "narrowed")}
@@ -236,6 +253,18 @@ def faithfulness_title(adapters: Sequence[Part]) -> str | None:
     )
 
 
+def apart(groups: Sequence[Part]) -> str | None:
+    """How far runs of one task lie from one another, as they are and after matching of virtual tokens."""
+    spans = []
+    for key in ("raw_distances", "matched_distances"):
+        found = [d for group in groups for i, row in enumerate(group[key]) for d in row[:i] if d is not None]
+        if not found:
+            return None
+        low, high = number(min(found)), number(max(found))
+        spans.append(low if low == high else f"{low} to {high}")
+    return f"runs lie {spans[0]} apart, {'as far' if spans[0] == spans[1] else spans[1]} with tokens matched"
+
+
 def stability(group: Part) -> str:
     """What several runs of a task say: metric, distances, barriers."""
     parts = []
@@ -248,6 +277,8 @@ def stability(group: Part) -> str:
         where = equal["percentile"]
         says = "more evenly" if where < 5 else "less evenly" if where > 95 else "as evenly"
         parts.append(f"runs lie {says} apart {'as' if 5 <= where <= 95 else 'than'} random prompts")
+    elif far := apart([group]):
+        parts.append(far)
     heights = [line["barrier"]["height"] for line in group.get("lines") or []]
     if heights:
         parts.append(f"highest barrier between two runs {number(max(heights), 2)} nats per token")
@@ -266,8 +297,10 @@ def stability_title(groups: Sequence[Part]) -> str | None:
     if equal:
         inside = sum(5 <= where <= 95 for where in equal)
         parts.append(
-            f"in {inside or 'none'} of {plural(len(equal), 'task')} runs lie as evenly apart as random prompts"
+            f"runs of {inside or 'none'} of {plural(len(equal), 'task')} lie as evenly apart as random prompts"
         )
+    elif far := apart(groups):
+        parts.append(far)
     if heights:
         parts.append(f"highest barrier between two runs {number(max(heights), 2)} nats per token")
     return capital("; ".join(parts)) or f"Runs of {len(groups)} tasks"

@@ -114,6 +114,31 @@ def test_the_title_counts_the_virtual_tokens_with_signal(analysis):
     assert "none of 12 virtual tokens lie" in title(tokens, alone)
 
 
+def test_the_title_says_how_many_tokens_kept_their_word(analysis):
+    alone = analysis | {"adapters": [copy.deepcopy(analysis["adapters"][2])]}
+    rows = alone["adapters"][0]["tokens"]["virtual_tokens"]
+    for row in rows:
+        row["moved"] = row["index"] % 4 == 0
+    assert "; 9 of 12 virtual tokens kept the nearest word of the start" in title(tokens, alone)
+    rows[0]["moved"] = None  # a stock prompt, whose start nobody knows
+    assert "kept" not in title(tokens, alone)
+
+
+def test_prompts_whose_activations_are_not_drawn_are_counted(analysis):
+    layer = analysis["activations"]["layers"][-1]
+    many = [{**layer, "with_prompt": True, "adapter": f"a{index}"} for index in range(6)]
+    found = {"layers": [{**layer, "with_prompt": False, "adapter": None}, *many]}
+    assert title(activations, analysis | {"activations": found}).endswith("(drawn: 4 of 6 prompts)")
+    assert "drawn" not in title(activations, analysis | {"activations": {"layers": found["layers"][:5]}})
+
+
+def test_umap_is_drawn_beside_the_others(analysis):
+    projected = analysis["projection"]
+    umap = {"neighbors": 15, "min_dist": 0.1, "seed": 0, "groups": projected["tsne"]["groups"]}
+    figure = projection.draw(analysis | {"projection": {**projected, "umap": umap}})
+    assert [axis.get_title("left") for axis in figure.axes][-1] == "UMAP (15 neighbours, seed 0)"
+
+
 def test_the_title_says_which_prompts_collapsed(analysis):
     assert claims.shape_of(analysis["adapters"][1]) == "collapsed"
     assert claims.shape_of(analysis["adapters"][3]) == "not collapsed"

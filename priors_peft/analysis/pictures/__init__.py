@@ -8,6 +8,7 @@ from typing import Any
 
 from ...files import atomic_path
 from .. import claims
+from ..common import check_installed
 from . import activations, faithfulness, geometry, projection, stability, tokens, transfer
 from .style import STYLE
 
@@ -42,12 +43,9 @@ def save_figures(drawn: Mapping[str, Callable[[], Any]], folder: str | os.PathLi
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            'pictures need matplotlib, which is not installed. Run `pip install "priors_peft[analysis]"`'
-        ) from error
+    check_installed("a picture", ["matplotlib"])
+    import matplotlib
+
     written = []
     with matplotlib.rc_context(STYLE):
         for name, draw in drawn.items():

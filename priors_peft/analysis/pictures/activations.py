@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Most panels in a row, and most rows.
-_LAYERS, _CONDITIONS = 4, 3
+_LAYERS, _CONDITIONS = 4, 5
 _MARKERS = "os^DvP*"
 
 
@@ -22,10 +22,13 @@ def draw(analysis: claims.Part) -> "Figure | None":
     title = claims.activations_title(analysis.get("activations") or {"layers": []})
     if title is None:
         return None
-    found = list(conditions(analysis["activations"]).items())[:_CONDITIONS]
+    measured = list(conditions(analysis["activations"]).items())
+    found = measured[:_CONDITIONS]
+    if len(measured) > len(found):
+        title += f" (drawn: {len(found) - 1} of {len(measured) - 1} prompts)"
     numbers = sorted({layer["layer"] for _, layers in found for layer in layers})
     chosen = [numbers[round(place)] for place in np.linspace(0, len(numbers) - 1, min(_LAYERS, len(numbers)))]
-    figure = new_figure(title, 0.4 + 2.4 * len(found))
+    figure = new_figure(title, 0.4 + (2.4 if len(found) < 4 else 1.9) * len(found))
     axes = figure.subplots(len(found), len(chosen), squeeze=False)
     names = list(dict.fromkeys(group["name"] for _, layers in found for layer in layers for group in layer["groups"]))
     looks = {

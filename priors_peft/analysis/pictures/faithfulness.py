@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt_nll": ("the prompt", {"marker": "o", "color": COLOURS[0]}),
     "hardened_nll": ("its nearest tokens instead", {"marker": "X", "color": COLOURS[1]}),
-    "initial_nll": ("its start instead", {"marker": "D", "color": GREY, "markerfacecolor": "white"}),
+    "initial_nll": ("its start instead", {"marker": "D", "color": GREY, "markerfacecolor": "none"}),
     "no_prompt_nll": ("no prompt", {"marker": "|", "color": "black", "markersize": 12, "markeredgewidth": 2}),
 }
 LOSS_UNIT = "loss (nats per answer token)"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import claims
-from .style import DETAILED, GREY, add_legend, array, colours, new_figure
+from .style import COLOURS, GREY, add_legend, array, colours, new_figure
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ MEASURES = {
     "effective_rank": "effective rank (directions)",
     "mean_pairwise_cosine": "mean pairwise cosine",
     "nearest_cosine": "cosine to nearest token",
-    "norm": "length",
+    "norm": "length (Euclidean norm)",
     "norm_percentile": "length (percentile of vocabulary)",
     "radius": "Mahalanobis radius (prior std)",
     "drift": "drift from start (prior std)",
@@ -34,7 +34,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
     series = {adapter["name"]: adapter["geometry"]["layers"][0]["series"] for adapter in adapters}
     names = measured_names(series)
     rows = math.ceil((len(names) + 1) / 3)
-    figure = new_figure(title, 2.1 * rows)
+    deep = any(len(adapter["geometry"]["layers"]) > 1 for adapter in adapters)
+    figure = new_figure(title + " (embedding layer)" * deep, 2.1 * rows)
     axes = figure.subplots(rows, 3, squeeze=False).ravel()
     palette = colours(adapters)
     over_time = any(len(one["steps"]) > 1 for one in series.values())
@@ -65,12 +66,19 @@ def measured_names(series: Mapping[str, claims.Part]) -> list[str]:
 def bands(
     series: Mapping[str, claims.Part], name: str, palette: Mapping[str, tuple[str, str]]
 ) -> list[tuple[float, float, str]]:
-    """Low, high and colour of the bands of random prompts: a grey one where they are the same or too many to tell."""
+    """Low, high and colour of the bands of random prompts: each adapter's or task's own, grey where several share one."""
     found = {key: array(one["measures"][name]["band"]) for key, one in series.items() if name in one["measures"]}
-    together = np.stack(list(found.values()))
-    if np.ptp(together, axis=0).max() < 1e-9 or len(found) > DETAILED:
+    if len({palette[key][1] for key in found}) > len(COLOURS):
+        together = np.stack(list(found.values()))
         return [(float(together[:, 0].min()), float(together[:, 1].max()), GREY)]
-    return [(float(low), float(high), palette[key][0]) for key, (low, high) in found.items()]
+    of_colour: dict[str, list[np.ndarray]] = {}
+    for key, bounds in found.items():
+        of_colour.setdefault(palette[key][0], []).append(bounds)
+    owners: dict[tuple[float, float], list[str]] = {}
+    for colour, own in of_colour.items():
+        low, high = min(bounds[0] for bounds in own), max(bounds[1] for bounds in own)
+        owners.setdefault((round(float(low), 9), round(float(high), 9)), []).append(colour)
+    return [(low, high, own[0] if len(own) == 1 else GREY) for (low, high), own in owners.items()]
 
 
 def known_steps(series: claims.Part) -> list[int]:

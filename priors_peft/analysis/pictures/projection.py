@@ -19,8 +19,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
     title = claims.projection_title(projection)
     if title is None:
         return None
-    drawn = [(name, projection[name]) for name in ("pca", "tsne") if projection.get(name)]
-    figure = new_figure(title, 4.1 if len(drawn) > 1 else 5.5)
+    drawn = [(name, projection[name]) for name in PLANES if projection.get(name)]
+    figure = new_figure(title, {1: 5.5, 2: 4.1}.get(len(drawn), 3.2))
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     palette = colours(analysis["adapters"])
     entries: dict[str, dict[str, Any]] = {}
@@ -33,14 +33,22 @@ def draw(analysis: claims.Part) -> "Figure | None":
             axis.set_ylabel(f"component 2 ({claims.percent(shares[1])} of variance)")
             axis.set_title("PCA", loc="left")
         else:
-            axis.set_title(
-                f"t-SNE (perplexity {claims.number(found['perplexity'])}, seed {found['seed']})", loc="left"
-            )
-            axis.set_xlabel("no unit: only neighbours mean something")
+            axis.set_title(plane_title(name, found), loc="left")
+            axis.set_xlabel("no unit: only neighbours mean something" if len(drawn) < 3 else "no unit")
             axis.set_xticks([])
             axis.set_yticks([])
     add_legend(figure, entries, loc="outside lower left", ncols=3)
     return figure
+
+
+PLANES = ("pca", "tsne", "umap")
+
+
+def plane_title(name: str, found: claims.Part) -> str:
+    """A projection's name with what it was computed with."""
+    if name == "tsne":
+        return f"t-SNE (perplexity {claims.number(found['perplexity'])}, seed {found['seed']})"
+    return f"UMAP ({found['neighbors']} neighbours, seed {found['seed']})" if name == "umap" else "PCA"
 
 
 # What is drawn first lies underneath.
@@ -50,7 +58,7 @@ KIND_LABELS = {
     "draws": "random prompts of the prior",
     "trajectory": "way through training",
     "initial": "start",
-    "activations": "rows of the tasks",
+    "activations": "tokens in the tasks' rows",
     "prompt": "prompt",
 }
 
@@ -64,7 +72,7 @@ def _project(axis: "Axes", group: claims.Part, palette: Mapping[str, tuple[str, 
         if kind == "trajectory":
             for way in ways(group):
                 axis.plot(points[way, 0], points[way, 1], color=colour, linewidth=0.6, alpha=0.6)
-            return {}
+            return {KIND_LABELS[kind]: {"color": GREY, "linestyle": "-", "linewidth": 0.8}}
         style = {
             "marker": "o" if kind == "prompt" else "D",
             "color": colour,

@@ -23,7 +23,7 @@ def draw(analysis: claims.Part) -> "Figure | None":
     shown = groups[:_GROUPS]
     lines = any(group.get("lines") for group in shown)
     figure = new_figure(title, 0.2 + 2.3 * len(shown))
-    axes = figure.subplots(len(shown), 2 + lines, squeeze=False)
+    axes = figure.subplots(len(shown), 3, squeeze=False)
     for row, group in zip(axes, shown, strict=True):
         raw, matched = array(group["raw_distances"]), array(group["matched_distances"])
         name = f"{drawable(str(group['task'] or 'runs'), 18)}: distances"
@@ -40,7 +40,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
         for axis in row[:2]:
             axis.set_xlabel("run")
         row[1].set_yticklabels([str(number) for number in range(1, len(matched) + 1)])
-        figure.colorbar(image, ax=row[1], label="distance", shrink=0.8)
+        figure.colorbar(image, ax=row[1], label="Frobenius norm", shrink=0.8)
+        row[2].set_visible(lines)
         if lines:
             _lines(row[2], group)
     return figure
@@ -64,7 +65,9 @@ def _lines(axis: "Axes", group: claims.Part) -> None:
         pair = " to ".join(str(group["adapters"].index(name) + 1) for name in line["pair"])
         axis.plot(line["t"], array(line["nll"]), color=COLOURS[index % len(COLOURS)], linewidth=1.3, label=pair)
     if len(group.get("lines") or []) <= 6:
-        axis.legend(fontsize=7)
+        axis.legend(
+            fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.25), handlelength=1, columnspacing=1
+        )
     axis.set_xlabel("place between two runs")
     axis.set_ylabel("nats per token")
     axis.set_title("loss on the straight lines", loc="left")

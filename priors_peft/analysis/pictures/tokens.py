@@ -34,9 +34,9 @@ def draw(analysis: claims.Part) -> "Figure | None":
         "chance": {"marker": "o", "color": GREY},
     }
     legend: dict[str, dict[str, Any]] = {
-        "nearer than chance": styles["signal"],
+        "nearer than random prompts": styles["signal"],
         "inherited from the start": styles["inherited"],
-        "within chance": styles["chance"],
+        "no nearer": styles["chance"],
         "random prompts, 5 to 95 %": {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7},
     }
     detailed = len(adapters) <= DETAILED
@@ -66,8 +66,9 @@ def _token_rows(axis: "Axes", adapter: claims.Part, styles: _Styles, level: floa
     order = sorted(range(len(tokens["virtual_tokens"])), key=lambda i: tokens["virtual_tokens"][i]["p_value"])[:_ROWS]
     order.sort()
     axis.barh(
-        range(len(order)), bounds[1, order] - bounds[0, order], left=bounds[0, order], height=0.55, color="#D9D9D9"
-    )
+        range(len(order)), bounds[1, order] - bounds[0, order], left=bounds[0, order], height=0.55, color="#D9D9D9",
+        edgecolor="#BDBDBD", linewidth=0.7,
+    )  # fmt: skip
     for place, index in enumerate(order):
         row = tokens["virtual_tokens"][index]
         if row.get("initial_nearest"):

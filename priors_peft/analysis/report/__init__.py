@@ -14,13 +14,14 @@ from typing import Any
 
 from ...files import atomic_path
 from .. import claims
+from ..common import check_installed
 from ..pictures.activations import conditions
-from ..pictures.projection import KIND_LABELS
+from ..pictures.projection import KIND_LABELS, PLANES, plane_title
 from .figures import figures
+from .prompts import KIND_SYMBOLS
 
 
 _HERE = Path(__file__).parent
-_MISSING = 'a report needs {}, which is not installed. Run `pip install "priors_peft[analysis]"`'
 
 
 def save_report(analysis: claims.Part, path: str | os.PathLike) -> Path:
@@ -45,10 +46,9 @@ def save_report(analysis: claims.Part, path: str | os.PathLike) -> Path:
 
 
 def _render(analysis: claims.Part) -> str:
-    try:
-        from jinja2 import Environment, FileSystemLoader
-    except ImportError as error:
-        raise ImportError(_MISSING.format("Jinja2")) from error
+    check_installed("a report", ["plotly", "jinja2"])
+    from jinja2 import Environment, FileSystemLoader
+
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {
@@ -63,6 +63,9 @@ def _render(analysis: claims.Part) -> str:
         claims=claims,
         conditions=conditions(analysis["activations"]) if analysis.get("activations") else {},
         kinds=KIND_LABELS,
+        symbols=KIND_SYMBOLS,
+        planes=PLANES,
+        plane_title=plane_title,
         figures=figures(analysis),
         plotly=base64.b64encode(gzip.compress(plotly, compresslevel=9, mtime=0)).decode(),
         script=script,
@@ -76,10 +79,8 @@ def _text(name: str) -> str:
 
 
 def _plotly() -> bytes:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError(_MISSING.format("plotly")) from error
+    from plotly.offline import get_plotlyjs
+
     return get_plotlyjs().encode()
 
 

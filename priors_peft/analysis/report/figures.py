@@ -2,6 +2,7 @@
 
 from .. import claims
 from ..pictures.activations import conditions
+from ..pictures.projection import PLANES
 from . import prompts, tasks
 from .plots import Figure
 
@@ -15,7 +16,7 @@ def figures(analysis: claims.Part) -> dict[str, Figure]:
     found |= {f"geometry-{layer}": prompts.geometry(adapters, layer) for layer in prompts.geometry_layers(adapters)}
     if analysis.get("words"):
         found["words"] = prompts.words(analysis["words"])
-    for name in ("pca", "tsne"):
+    for name in PLANES:
         if (analysis.get("projection") or {}).get(name):
             found[name] = prompts.projection(adapters, analysis["projection"][name])
     return found | _at_work(analysis)

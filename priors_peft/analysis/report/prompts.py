@@ -49,9 +49,9 @@ def tokens(adapter: claims.Part, level: float) -> Figure:
             }
         )
     for state, label, colour, symbol in (
-        ("chance", "within chance", GREY, "circle"),
+        ("chance", "no nearer", GREY, "circle"),
         ("inherited", "inherited from the start", INHERITED, "square"),
-        ("signal", "nearer than chance", SIGNAL, "circle"),
+        ("signal", "nearer than random prompts", SIGNAL, "circle"),
     ):
         chosen = [row for row in rows if claims.token_state(row, level) == state]
         data.append(
@@ -72,7 +72,11 @@ def tokens(adapter: claims.Part, level: float) -> Figure:
         )
     layout = {
         "height": 320,
-        "xaxis": {"title": title("virtual token"), "dtick": 1 if len(rows) <= 40 else 10},
+        "xaxis": {
+            "title": title("virtual token"),
+            "dtick": 1 if len(rows) <= 40 else 10,
+            "range": [-0.7, len(rows) - 0.3],
+        },
         "yaxis": {"title": title(SCORES[metric])},
     }
     return {"data": data, "layout": layout}
@@ -228,3 +232,7 @@ _MARKERS: dict[str, Figure] = {
     "initial": {"size": 6, "symbol": "diamond-open"},
     "prompt": {"size": 9, "line": {"width": 1, "color": "white"}},
 }
+# The same in text, beside the boxes that show and hide them.
+KIND_SYMBOLS = {
+    "vocabulary": "•", "draws": "×", "activations": "▲", "trajectory": "—", "initial": "◇", "prompt": "●",
+}  # fmt: skip

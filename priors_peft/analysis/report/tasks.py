@@ -144,35 +144,50 @@ def stability(group: claims.Part) -> Figure:
 
 
 def transfer(transfer: claims.Part) -> Figure:
-    """What each prompt adds on each task, its own framed."""
-    gains = array(claims.gains(transfer))
-    most = float(np.nanmax(np.abs(gains))) or 1.0
-    bar = {"title": title("better than<br>no prompt by")}
-    trace = heat_map(
-        gains, transfer["prompts"], transfer["tasks"], zmin=-most, zmax=most, colorscale=_DIVERGING, colorbar=bar
-    )
+    """What each prompt adds on each task, to no prompt and to the task's own prompts; its own task framed."""
+    gains = [array(claims.gains(transfer))]
+    if transfer.get("gain_over_own") is not None:
+        gains.append(array(transfer["gain_over_own"]))
+    most = float(np.nanmax(np.abs(np.stack(gains)))) or 1.0
+    layout, _ = panels(len(gains), len(gains), 0.06)
+    bar = {"title": title("better by")}
+    data = [
+        heat_map(
+            values, transfer["prompts"], transfer["tasks"], zmin=-most, zmax=most, colorscale=_DIVERGING, colorbar=bar,
+            showscale=index == 0, **on(index),
+        )
+        for index, values in enumerate(gains)
+    ]  # fmt: skip
     frames = [
         {
             "type": "rect",
+            "xref": f"x{axis_key(index)}",
+            "yref": f"y{axis_key(index)}",
             "x0": j - 0.5,
             "x1": j + 0.5,
             "y0": i - 0.5,
             "y1": i + 0.5,
             "line": {"color": GREY, "width": 3},
         }
+        for index in range(len(gains))
         for i, j in own_cells(transfer)
     ]
-    layout = {
-        "height": 200 + 28 * len(gains),
-        "xaxis": {
+    for index in range(len(gains)):
+        layout[f"xaxis{axis_key(index)}"] |= {
             **name_axis(transfer["tasks"]),
             "showgrid": False,
             "title": title("measured on (framed: trained on)"),
-        },
-        "yaxis": {**name_axis(transfer["prompts"]), **_TOP_DOWN},
+        }
+        layout[f"yaxis{axis_key(index)}"] |= {**name_axis(transfer["prompts"]), **_TOP_DOWN}
+    if len(gains) > 1:
+        layout["yaxis2"]["showticklabels"] = False
+    headings = ["against no prompt", "against the task's own prompts"]
+    layout |= {
+        "height": 220 + 28 * len(transfer["prompts"]),
         "shapes": frames,
+        "annotations": [heading(index, headings[index]) for index in range(len(gains))],
     }
-    return {"data": [trace], "layout": layout}
+    return {"data": data, "layout": layout}
 
 
 def similarities(transfer: claims.Part) -> Figure:
