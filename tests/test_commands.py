@@ -1,5 +1,6 @@
 """The commands do the whole job on a user's own data, and bad input is one clear line."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import addition_rows, make_model, make_tokenizer
+from conftest import SUPERGLUE_KWARGS, addition_rows, make_model, make_tokenizer, write_superglue
 
 from priors_peft.cli import COMMANDS, main
 from priors_peft.commands.arguments import ModelArguments, PromptArguments, TaskArguments, parse
@@ -218,6 +219,64 @@ def test_analyze_takes_several_adapters_and_contrasts_tasks(adapter, base, rows,
         "deep",
         "sums",
     ]
+
+
+def test_activations_of_contrasted_tasks_are_compared(adapter, rows, tmp_path):
+    data = write_superglue(tmp_path / "data")
+    contrast = json.dumps({"wic": {"data_dir": data, **SUPERGLUE_KWARGS["superglue:wic"]}})
+    flags = [
+        "--out",
+        str(tmp_path / "out"),
+        *QUICK,
+        "--train_file",
+        rows,
+        "--num_eval",
+        "8",
+        "--activation_layers",
+        "1,-1",
+    ]
+    assert main(["analyze", adapter, *flags, "--contrast", contrast]) == 0
+    text = (tmp_path / "out" / "analysis.json").read_text()
+    analysis = json.loads(text)
+    found = analysis["activations"]["layers"]
+    assert [(one["layer"], one["adapter"]) for one in found] == [(1, None), (1, "sums"), (3, None), (3, "sums")]
+    assert all(set(one["counts"]) == {"completions", "superglue:wic"} for one in found)
+    assert "--contrast" in analysis["command"] and str(tmp_path) not in text
+    assert (tmp_path / "out" / "activations.png").exists()
+
+
+def test_an_adapter_on_the_hub_is_analysed_by_its_id(adapter, base, hub, tmp_path):
+    for name, folder in (("base", base), ("adapter", adapter)):
+        hub.create(f"user/{name}")
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+        named = {path: content.replace(base.encode(), b"user/base") for path, content in files.items() if path.endswith("config.json")}  # fmt: skip
+        hub.commit(f"user/{name}", "main", "all", files | named)
+    assert main(["analyze", "user/adapter", "--out", str(tmp_path / "hub"), *QUICK]) == 0
+    assert main(["analyze", adapter, "--out", str(tmp_path / "local"), *QUICK]) == 0
+    found, local = (json.loads((tmp_path / out / "analysis.json").read_text()) for out in ("hub", "local"))
+    assert found["base_model"] == "user/base" and found["command"] == "priors-peft analyze user/adapter --k 3 --num_draws 20 --out DIR"  # fmt: skip
+    (one,), (other,) = found["adapters"], local["adapters"]
+    assert (one["name"], one["source"], one["task"], one["steps"]) == (
+        "user/adapter",
+        "user/adapter",
+        "completions",
+        3,
+    )
+    # Its snapshots, its start and its prior came with it.
+    assert one["tokens"] == other["tokens"] and one["geometry"] == other["geometry"]
+    assert "user/adapter" in (tmp_path / "hub" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "plotly", "jinja2"])
+def test_a_package_that_is_not_there_is_named_before_anything_is_computed(package, tmp_path, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    assert main(["analyze", "nowhere", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.strip() == (
+        f"priors-peft analyze: priors-peft analyze needs {package}, which is not installed. "
+        'Run `pip install "priors_peft[analysis]"`'
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_figures_are_there_when_pictures_fail(adapter, tmp_path, capsys, monkeypatch):

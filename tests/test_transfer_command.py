@@ -12,6 +12,7 @@ from priors_peft.analysis import matrix
 from priors_peft.choices import metrics_by_likelihood, score_choices
 from priors_peft.cli import main
 from priors_peft.commands import transfer as command
+from priors_peft.commands.analyze import keep_transfer
 from priors_peft.hub.adapter import read_task
 from priors_peft.tasks import load_task
 
@@ -118,6 +119,21 @@ def test_what_analyze_wrote_stays(place, tmp_path):
     assert run(place, tmp_path) == 0
     after = json.loads((tmp_path / "analysis.json").read_text())
     assert after.pop("transfer")["tasks"] and after.pop("left_out") == {"words": "x"} and after == before
+
+
+def test_what_transfer_wrote_stays_when_analyze_runs_again(place, tmp_path):
+    assert run(place, tmp_path, adapters=["rte-0", "wic-0"]) == 0
+    part = part_of(tmp_path)
+    assert main(["analyze", str(place / "rte-0"), "--out", str(tmp_path), "--num_draws", "20"]) == 0
+    analysis = json.loads((tmp_path / "analysis.json").read_text())
+    assert analysis["transfer"] == part and "transfer" not in analysis["left_out"]
+    assert analysis["adapters"][0]["tokens"] and 'id="transfer"' in (tmp_path / "report.html").read_text()
+    # Nothing is taken over from another model's analysis, or from what is none.
+    for other in (json.dumps(analysis | {"base_model": "another"}), "{"):
+        (tmp_path / "analysis.json").write_text(other)
+        fresh = {"base_model": "base", "left_out": {"transfer": "later"}}
+        keep_transfer(tmp_path / "analysis.json", fresh)
+        assert fresh == {"base_model": "base", "left_out": {"transfer": "later"}}
 
 
 def test_one_adapter_has_a_matrix_and_no_correlation(place, tmp_path, capsys):

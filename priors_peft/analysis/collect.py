@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 from ..hub.adapter import read_task
 from ..names import check_choice
 from ..priors import prior_family
-from .common import check_at_least, plain
+from .common import check_at_least, check_installed, plain
 from .geometry import geometry_series, token_geometry
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
 from .projected import project
 from .runs import stability, word_odds
 from .sources import Source, base_model_of, read_sources
 from .tokens import METRICS, NearestTokens, nearest_tokens, token_changes, token_signal
-from .words import script, show_token, token_text
+from .words import script, script_shares, show_token, token_text
 
 
 FORMAT_VERSION = 1
@@ -38,7 +38,9 @@ def analyze(
     seed: int = 0,
     level: float = 0.05,
     describe: bool = False,
+    umap: bool = False,
     activation_layers: Sequence[int] | None = None,
+    loss_rows: int | None = None,
     batch_size: int = 16,
     command: str | None = None,
     progress: bool = True,
@@ -61,7 +63,10 @@ def analyze(
         seed: Of draws, samples and projections.
         level: Of signal, see `tokens.token_signal`.
         describe: Whether the model describes each prompt in its own words.
+        umap: Whether to project by UMAP too, which needs `umap-learn`.
         activation_layers: Where tasks are compared; a third and two thirds of the depth, and the end, if None.
+        loss_rows: Most rows of a task, spread over it, that losses are measured on; all if None. Each virtual token and
+            each line between runs takes a pass over them, while activations take one over all rows.
         batch_size: Rows at once.
         command: What to say the analysis was made by.
         progress: Whether to show a bar.
@@ -71,11 +76,14 @@ def analyze(
 
     Raises:
         FileNotFoundError: An adapter is none.
+        ImportError: `umap-learn` is not installed and asked for.
         ValueError: An argument is not valid, a task has no rows, or adapters don't fit the model or one another.
     """
     check_choice("metric", metric, METRICS)
     check_at_least("k", k, 1)
     check_at_least("num_draws", num_draws, 19, "fewer can't show signal at 5 %")
+    if umap:
+        check_installed("UMAP", ["umap"], "umap-learn")
     sources = read_sources(adapters)
     for source in sources:
         source.saved.check_fits(model)
@@ -95,16 +103,16 @@ def analyze(
             members.append(member)
             bar.update()
         bar.set_postfix_str("projections")
-        projection = project(members, spaces[0], tokenizer, tasks or {}, seed)
+        projection = project(members, spaces[0], tokenizer, tasks or {}, seed, umap)
         bar.update()
-        left_out = {"transfer": "`priors-peft transfer` measures it"}
+        left_out = {"transfer": "priors-peft transfer measures it"}
         words = word_odds(members, spaces[0], tokenizer, k, metric, left_out)
         bar.set_postfix_str("tasks")
         activations, on_tasks = None, None
         if tasks or describe:
             from .on_tasks import OnTasks
 
-            on_tasks = OnTasks(members, model, tokenizer, tasks or {}, batch_size)
+            on_tasks = OnTasks(members, model, tokenizer, tasks or {}, batch_size, loss_rows)
             entries = [entry | on_tasks.of_adapter(index, describe) for index, entry in enumerate(entries)]
         if on_tasks is not None and tasks:
             activations = on_tasks.activations(activation_layers, seed, left_out)
@@ -231,6 +239,7 @@ def _tokens(member: Member, space: Space, tokenizer: Any, level: float) -> dict[
     return {
         "metric": near.metric,
         "k": near.ids.shape[1],
+        "scripts": script_shares(token_text(tokenizer, int(token)) for token in near.ids[:, 0]),
         "virtual_tokens": virtual_tokens,
         "num_signal": int(signal.signal.sum()),
         "prior_band": found["prior_band"],

@@ -1,7 +1,8 @@
 """What all analyses share: results that turn into JSON, checks of arguments, and orders and samples without chance."""
 
+import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 # Bounds of every band that shows what the prior itself expects, in percent.
 BAND = (5.0, 95.0)
+
+# What pictures and the report are made with, beside the package's own requirements.
+DRAWN_WITH = ("matplotlib", "plotly", "jinja2")
 
 Ids = Tensor | Sequence[int]
 
@@ -35,6 +39,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.to_dict() if is_dataclass(value) else value  # type: ignore[union-attr]
+
+
+def check_installed(what: str, packages: Iterable[str], install: str = '"priors_peft[analysis]"') -> None:
+    """Raise `ImportError` with the command that mends it unless all packages (names of imports) are there."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ImportError(
+            f"{what} needs {', '.join(missing)}, which {verb} not installed. Run `pip install {install}`"
+        )
 
 
 def check_at_least(name: str, value: Any, least: int, why: str = "") -> None:

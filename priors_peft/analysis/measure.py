@@ -288,10 +288,11 @@ def task_activations(
 def neuron_activations(model: PriorPeftModel, prompts: Tensor, token_id: int | None = None) -> Tensor:
     """Which feed-forward neurons prompts activate, for `transfer.activation_overlap`.
 
-    Su et al. (2022), "On Transferability of Prompt Tuning", section 5.1: the prompt and no data goes through the
-    model, and the neurons are read at a mask token after it, the same for all prompts. A decoder has no mask token,
-    so the token that starts a text takes its place. A neuron is active where its activation function's value is
-    above 0.
+    Su et al. (2022), "On Transferability of Prompt Tuning for Natural Language Processing" (NAACL): the prompt and no
+    data goes through the model, and the neurons are read at one token that is the same for all prompts, RoBERTa's
+    mask or the token that starts T5's decoder (`activate_neuron_T5.py` in github.com/thunlp/Prompt-Transferability).
+    Here it is the token that starts a text, after the prompt. A neuron is active where its activation function's
+    value is above 0; of a gated layer that is the gate's.
 
     Args:
         model: A model with a prompt.

@@ -31,10 +31,17 @@ class OnTasks:
         tokenizer: Its tokenizer.
         tasks: Rows by task, maybe none.
         batch_size: Rows at once.
+        loss_rows: Most rows of a task that losses are measured on; all if None.
     """
 
     def __init__(
-        self, members: Sequence[Member], model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int
+        self,
+        members: Sequence[Member],
+        model: Any,
+        tokenizer: Any,
+        tasks: Mapping[str, Any],
+        batch_size: int,
+        loss_rows: int | None = None,
     ) -> None:
         self._members, self._tokenizer, self._tasks, self._batch_size = members, tokenizer, tasks, batch_size
         first = members[0].source.saved
@@ -44,6 +51,10 @@ class OnTasks:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = context and context - max(member.source.prompt.shape[1] for member in members)
         self._rows = {name: tokenize(rows, tokenizer, room) for name, rows in tasks.items()}
+        self._measured = {
+            name: [rows[place] for place in spread(len(rows), loss_rows or len(rows))]
+            for name, rows in self._rows.items()
+        }
         self._nlls: dict[int, float] = {}
         self._without: dict[str, float] = {}
 
@@ -137,7 +148,13 @@ class OnTasks:
         return self._model
 
     def _of(self, index: int) -> Any:
-        return self._rows[self.task_of(index)]
+        return self._measured[self.task_of(index)]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Places of at most `count` rows, spread over `total`, which may be sorted."""
+    count = min(count, total)
+    return [place * total // count for place in range(count)]
 
 
 def _separated(points: Tensor, labels: dict[str, list[str]], seed: int) -> dict[str, Any]:

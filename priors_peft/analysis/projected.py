@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .common import sample_rows
 from .members import Member, Space
-from .projection import Projection, pca, tsne
+from .projection import Projection, pca, tsne, umap
 from .words import show_token
 
 
@@ -23,16 +23,22 @@ _DIGITS = 5
 
 
 def project(
-    members: Sequence[Member], space: Space, tokenizer: Any, tasks: Mapping[str, Any], seed: int
+    members: Sequence[Member],
+    space: Space,
+    tokenizer: Any,
+    tasks: Mapping[str, Any],
+    seed: int,
+    with_umap: bool = False,
 ) -> dict[str, Any]:
-    """PCA and t-SNE of the embedding layer's prompts with what surrounds them, as analysis.json has them.
+    """PCA, t-SNE and maybe UMAP of the embedding layer's prompts with what surrounds them, as analysis.json has them.
 
     Args:
         members: The adapters.
         space: The embedding layer's.
         tokenizer: The base model's.
         tasks: Rows by task, whose tokens are shown.
-        seed: Of samples and of t-SNE.
+        seed: Of samples, of t-SNE and of UMAP.
+        with_umap: Whether to add it.
     """
     vectors = space.vectors
     shown: list[tuple[dict[str, Any], Tensor]] = []
@@ -64,13 +70,16 @@ def project(
     groups = {str(index): points for index, (_, points) in enumerate(shown)}
     total, width = sum(map(len, groups.values())), vectors.shape[1]
     facts = [fact for fact, _ in shown]
-    planes: dict[str, Any] = {"layer": 0, "pca": None, "tsne": None}
+    planes: dict[str, Any] = {"layer": 0, "pca": None, "tsne": None, "umap": None}
     if min(total - 1, width) >= 2:
         found = pca(groups)
         planes["pca"] = {"explained_variance": found.explained_variance, "groups": _placed(facts, found)}
     if total >= 4:
         found = tsne(groups, seed=seed)
         planes["tsne"] = found.settings | {"groups": _placed(facts, found)}
+        if with_umap:
+            found = umap(groups, seed=seed)
+            planes["umap"] = found.settings | {"groups": _placed(facts, found)}
     return planes
 
 

@@ -4,7 +4,6 @@ Every projection is the same whatever the order of the groups and of the points 
 of their own before anything is computed.
 """
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Result, canonical_order, check_at_least, check_points, check_same_width
+from .common import Result, canonical_order, check_at_least, check_installed, check_points, check_same_width
 
 
 # What van der Maaten & Hinton (2008) reduce to by PCA before t-SNE.
@@ -116,8 +115,7 @@ def umap(groups: Mapping[str, Tensor], neighbors: int = 15, min_dist: float = 0.
     if not min_dist >= 0:
         raise ValueError(f"min_dist must be >= 0, got {min_dist!r}")
     points, place = _reduced(groups, 4)
-    if importlib.util.find_spec("umap") is None:
-        raise ImportError("umap needs the package umap-learn, which is not installed. Run `pip install umap-learn`")
+    check_installed("UMAP", ["umap"], "umap-learn")
     from umap import UMAP
 
     used = min(neighbors, len(points) - 1)

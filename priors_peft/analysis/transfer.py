@@ -117,8 +117,11 @@ def prompt_similarities(prompts: Tensor) -> dict[str, Tensor]:
 def activation_overlap(active: Tensor) -> Tensor:
     """Overlap of the feed-forward neurons that prompts activate: the cosine of their boolean patterns, `[N, N]`.
 
-    The overlapping rate of activated neurons of Su et al. (2022), "On Transferability of Prompt Tuning": shared
-    neurons over the geometric mean of both prompts' numbers of active ones. It is 0 where a prompt activates none.
+    The overlapping rate of activated neurons of Su et al. (2022), "On Transferability of Prompt Tuning for Natural
+    Language Processing", as `ActivatedNeurons` in `caculate_metric_value_for_correlation.py` of their code
+    (github.com/thunlp/Prompt-Transferability) has it: 1 where an activation is above 0, and the cosine of that; which
+    is shared neurons over the geometric mean of both prompts' numbers of active ones. They look at three layers at a
+    time and at all, we at all. It is 0 where a prompt activates none.
 
     Args:
         active: Which neurons each prompt activates, over all layers looked at; boolean, shape `[N, ...]`.

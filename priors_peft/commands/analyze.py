@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis import claims
-from ..analysis.collect import analyze
+from ..analysis.collect import FORMAT_VERSION, analyze, public_name
+from ..analysis.common import DRAWN_WITH, check_installed
+from ..analysis.on_tasks import spread
 from ..analysis.sources import base_model_of, read_sources
 from ..analysis.tokens import METRICS
 from ..evaluation import best_device
@@ -43,6 +45,7 @@ class AnalysisArguments:
         default=None, metadata={"help": "Where they are compared: numbers like 10,-1; a third, two thirds, the end"}
     )
     describe: bool = field(default=False, metadata={"help": "Have the model describe each prompt in its own words"})
+    umap: bool = field(default=False, metadata={"help": "Project by UMAP too; needs umap-learn"})
     batch_size: int = field(default=16, metadata={"help": "Rows a batch"})
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ def main(arguments: list[str]) -> None:
     )
     if not args.out:
         raise ValueError("out must be given: the folder for analysis.json, pictures and report.html")
+    check_installed("priors-peft analyze", DRAWN_WITH)
     sources = read_sources(adapters)
     command = _command([source.name for source in sources], model_arguments, task_arguments, args)
     check_writable(args.out, _ROOM, "out", "analysed")
@@ -90,11 +94,13 @@ def main(arguments: list[str]) -> None:
         num_draws=args.num_draws,
         seed=args.seed,
         describe=args.describe,
+        umap=args.umap,
         activation_layers=args.activation_layers,
         batch_size=args.batch_size,
         command=command,
     )
     folder = Path(args.out)
+    keep_transfer(folder / ANALYSIS, analysis)
     write_json(folder / ANALYSIS, analysis)
     print(summary(analysis))
     print(f"\nfigures: {folder / ANALYSIS}")
@@ -127,10 +133,7 @@ def _tasks(
             )
         if task.name in tasks:
             raise ValueError(f"contrast must name other tasks than task, got {task.name!r} twice")
-        count = min(args.num_rows, len(task.eval))
-        # Spread over the data set, which may be sorted.
-        rows = [index * len(task.eval) // count for index in range(count)]
-        tasks[task.name] = [dict(row) for row in task.eval.select(rows)]
+        tasks[task.name] = [dict(row) for row in task.eval.select(spread(len(task.eval), args.num_rows))]
     return tasks
 
 
@@ -160,6 +163,40 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def keep_transfer(path: Path, analysis: dict[str, Any]) -> None:
+    """Take over what `priors-peft transfer` measured into this folder; nothing of another base model's analysis."""
+    try:
+        before = read_analysis(path, analysis["base_model"])
+    except ValueError:
+        return
+    if before and before.get("transfer"):
+        analysis["transfer"] = before["transfer"]
+        del analysis["left_out"]["transfer"]
+
+
+def read_analysis(path: Path, base_model: str | None) -> dict[str, Any] | None:
+    """What `analyze` or an earlier run left in the folder.
+
+    Raises:
+        ValueError: It is no analysis of this version, or of another base model.
+    """
+    if not path.exists():
+        return None
+    try:
+        analysis = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got: {error}. Move it or pass another out") from error
+    version = analysis.get("format_version") if isinstance(analysis, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format_version must be {FORMAT_VERSION} in {path}, got {version!r}: pass another out")
+    if analysis.get("base_model") != public_name(base_model):
+        raise ValueError(
+            f"out must not hold the analysis of another base model, got {path} of {analysis.get('base_model')!r} for "
+            f"adapters of {public_name(base_model)!r}: pass another out"
+        )
+    return analysis
+
+
 def summary(analysis: dict[str, Any]) -> str:
     """What an analysis says, a few lines for each adapter and a table of its virtual tokens."""
     lines = []
@@ -170,8 +207,8 @@ def summary(analysis: dict[str, Any]) -> str:
             "",
             f"{adapter['name']}: {adapter['tuning']}, {shape}, prior {adapter['prior']} on {analysis['base_model']}",
         ]
-        said = [claims.signal(adapter, analysis["level"]), claims.collapse(adapter), claims.drift(adapter)]
-        said.append(claims.faithfulness(adapter))
+        said = [claims.signal(adapter, analysis["level"]), claims.stayed(adapter)]
+        said += [claims.collapse(adapter), claims.drift(adapter), claims.faithfulness(adapter)]
         if adapter["description"] is not None:
             said.append(
                 f"in the model's words: {adapter['description']!r} (a random prompt: {adapter['description_of_draw']!r})"

@@ -20,7 +20,7 @@ from ..model import PriorPeftModel
 from ..priors import prior_family
 from ..tasks import Task, load_task
 from ..tasks.base import full_name
-from .analyze import ANALYSIS, REPORT
+from .analyze import ANALYSIS, REPORT, read_analysis
 from .arguments import ModelArguments, parse, parse_object
 from .evaluate import markdown_table
 from .train import base_model_from, room_for_text
@@ -153,29 +153,6 @@ def model_with(base: Any, sources: Sequence[Source]) -> PriorPeftModel:
         # Not by their own names: a module's can't have a dot.
         model.load_adapter(source.path, f"prompt_{number}")
     return model.eval()
-
-
-def read_analysis(path: Path, base_model: str | None) -> dict[str, Any] | None:
-    """What `analyze` or an earlier run left in the folder.
-
-    Raises:
-        ValueError: It is no analysis of this version, or of another base model.
-    """
-    if not path.exists():
-        return None
-    try:
-        analysis = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got: {error}. Move it or pass another out") from error
-    version = analysis.get("format_version") if isinstance(analysis, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format_version must be {FORMAT_VERSION} in {path}, got {version!r}: pass another out")
-    if analysis.get("base_model") != public_name(base_model):
-        raise ValueError(
-            f"out must not hold the analysis of another base model, got {path} of {analysis.get('base_model')!r} for "
-            f"adapters of {public_name(base_model)!r}: pass another out"
-        )
-    return analysis
 
 
 def new_analysis(

@@ -15,6 +15,7 @@ import torch
 from questions import moves_of, questions
 
 from priors_peft.analysis.collect import analyze
+from priors_peft.analysis.common import DRAWN_WITH, check_installed
 from priors_peft.analysis.pictures import save_pictures
 from priors_peft.analysis.report import save_report
 from priors_peft.analysis.sources import read_sources
@@ -55,10 +56,10 @@ class StudyArguments:
     seeds: int = field(
         default=4, metadata={"help": "Runs of each task: seeds 0, 1, ... of the start and the data order"}
     )
-    num_transfer: int = field(default=32, metadata={"help": "Evaluation rows of a task for the transfer matrix"})
-    num_analysis: int = field(
-        default=4, metadata={"help": "Evaluation rows of a task for faithfulness, lines between runs and activations"}
+    num_transfer: int = field(
+        default=32, metadata={"help": "Evaluation rows of a task for the transfer matrix and activations"}
     )
+    num_analysis: int = field(default=4, metadata={"help": "How many of them for faithfulness and lines between runs"})
     num_draws: int = field(default=200, metadata={"help": "Random prompts from each prior, as a null"})
     eval_batch_size: int = field(default=16, metadata={"help": "Rows a batch when prompts are measured"})
 
@@ -79,6 +80,7 @@ def main(arguments: list[str]) -> None:
         arguments = [str(RECIPE), *arguments]
     dataclasses = (StudyArguments, ModelArguments, TaskArguments, PromptArguments, TrainingArguments)
     study, model, task, prompt, training = parse(dataclasses, arguments, "python recipes/semantics/run.py")
+    check_installed("the study", DRAWN_WITH)
     out, of_task = Path(training.output_dir), by_task(task.task_kwargs, study.tasks)
     check_settings(out / SETTINGS, settings_of(model, task, prompt, training))
 
@@ -97,7 +99,7 @@ def main(arguments: list[str]) -> None:
 
     # ---- Analysis and transfer ----------------------------------------------------------
     done = {"adapters": [sha256(Path(run, ADAPTER_WEIGHTS)) for run in runs]}
-    done |= {"num_analysis": study.num_analysis, "num_draws": study.num_draws}
+    done |= {name: getattr(study, name) for name in ("num_transfer", "num_analysis", "num_draws")}
     if not is_same(out / ANALYSED, done) or not (out / ANALYSIS).is_file():
         print("\nAnalysing the prompts", flush=True)
         base, tokenizer = base_model_from(copy.copy(model), best_device())
@@ -105,7 +107,7 @@ def main(arguments: list[str]) -> None:
             name: load_task(
                 name,
                 data_dir=task.data_dir,
-                num_eval=study.num_analysis,
+                num_eval=study.num_transfer,
                 seed=task.split_seed,
                 tokenizer=tokenizer,
                 max_length=training.max_length,
@@ -114,8 +116,9 @@ def main(arguments: list[str]) -> None:
             for name in study.tasks
         }
         analysis = analyze(
-            runs, base, tokenizer, rows, num_draws=study.num_draws, describe=True, batch_size=study.eval_batch_size
-        )
+            runs, base, tokenizer, rows, num_draws=study.num_draws, describe=True, loss_rows=study.num_analysis,
+            batch_size=study.eval_batch_size,
+        )  # fmt: skip
         write_json(out / ANALYSIS, analysis)
         write_json(out / ANALYSED, done)
         del base

@@ -123,6 +123,8 @@ def test_one_adapter_has_tokens_geometry_and_projections_and_says_what_is_left_o
         "questions",
     }
     assert set(found["left_out"]) == {"faithfulness", "activations", "stability", "transfer", "words"}
+    scripts = [token["script"] for token in adapter["tokens"]["virtual_tokens"]]
+    assert adapter["tokens"]["scripts"] == {name: scripts.count(name) / P for name in scripts}
     json.dumps(found, allow_nan=False)
 
 

@@ -124,7 +124,7 @@ def test_the_perplexity_is_clipped_to_what_the_points_allow():
 
 def test_umap_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="umap needs the package umap-learn.*pip install umap-learn"):
+    with pytest.raises(ImportError, match="UMAP needs umap, which is not installed.*pip install umap-learn"):
         umap(clusters())
 
 
