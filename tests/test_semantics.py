@@ -148,7 +148,7 @@ def arguments(tmp_path):
             json.dumps(kwargs),
         ),
         *("--output_dir", str(tmp_path / "out"), "--seeds", "3", "--num_virtual_tokens", "4", "--use_cpu"),
-        *("--max_steps", "3", "--max_length", "60", "--num_analysis", "6", "--num_transfer", "8", "--num_draws", "60"),
+        *("--max_steps", "3", "--max_length", "60", "--num_analysis", "2", "--num_transfer", "8", "--num_draws", "60"),
         *("--save_steps", "1", "--disable_tqdm", "true", "--per_device_train_batch_size", "4"),
     ]
 
@@ -177,6 +177,9 @@ def test_the_study_runs_from_nothing_to_a_report_and_goes_on(tmp_path, recipe, m
     assert len(analysis["adapters"]) == 12 and len(analysis["questions"]) == 3
     assert [group["task"] for group in analysis["stability"]["groups"]] == sorted(SUPERGLUE_KWARGS)
     assert len(analysis["transfer"]["scores"]) == 12 and analysis["transfer"]["correlations"]
+    # Losses on two rows, tasks told apart by all eight.
+    assert {adapter["faithfulness"]["rows"] for adapter in analysis["adapters"]} == {2}
+    assert all(set(layer["counts"].values()) == {8} for layer in analysis["activations"]["layers"])
     steps = analysis["adapters"][0]["geometry"]["layers"][0]["series"]["steps"]
     assert steps == [0, 1, 2, 3]
     printed, report = capsys.readouterr().out, (out / "report.html").read_text()

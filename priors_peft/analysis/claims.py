@@ -313,7 +313,8 @@ def transfer_title(transfer: Part) -> str:
         return f"{sum(gain > 0 for gain in cells)} of {len(cells)} pairs of a prompt and a task beat no prompt"
     wins, total = transfer.get("wins"), transfer.get("transfers")
     counts = f" ({wins} of {total})" if wins is not None and total else ""
-    return f"{percent(transfer['share_beating_no_prompt'])} of transfers to other tasks beat no prompt{counts}"
+    share, metric = percent(transfer["share_beating_no_prompt"]), transfer["metric"].replace("_", " ")
+    return f"{share} of transfers to other tasks beat no prompt in {metric}{counts}"
 
 
 def correlation(name: str, found: Part) -> str:

@@ -83,7 +83,7 @@ class OnTasks:
             found["description"] = describe(model, self._tokenizer)
             found["description_of_draw"] = describe(model, self._tokenizer, random)
         if self._rows:
-            found["faithfulness"] = self._faithfulness(index) | {"description": found["description"]}
+            found["faithfulness"] = self._faithfulness(index)
         return found
 
     def _faithfulness(self, index: int) -> dict[str, Any]:

@@ -88,8 +88,9 @@ def planted(
                         {"index": i, "nll": nll, "increase": worth}
                         for i, (nll, worth) in enumerate(zip(without, ranking.importance.tolist(), strict=True))
                     ],
-                    "description": "Say <b>entailment</b> or not. </script>" if index == 0 else None,
                 },
+                "description": "Say <b>entailment</b> or not. </script>" if index == 0 else None,
+                "description_of_draw": "<script>a translation</script>" if index == 0 else None,
             }
         )  # fmt: skip
     together = torch.stack(prompts)

@@ -233,7 +233,10 @@ def test_a_word_near_every_prompt_is_over_represented(tmp_path):
 
 
 def test_tasks_are_told_apart_by_their_activations(tmp_path):
-    found = run([save(tmp_path / "a"), save(tmp_path / "b", seed=1)], TASKS, activation_layers=[1, -1])["activations"]
+    adapters = [save(tmp_path / "a"), save(tmp_path / "b", seed=1)]
+    whole = run(adapters, TASKS, activation_layers=[1, -1], loss_rows=3)
+    assert [adapter["faithfulness"]["rows"] for adapter in whole["adapters"]] == [3, 3]
+    found = whole["activations"]
     assert [(one["layer"], one["with_prompt"], one["adapter"]) for one in found["layers"]] == [
         (1, False, None),
         (1, True, "a"),

@@ -132,6 +132,21 @@ def test_prompts_whose_activations_are_not_drawn_are_counted(analysis):
     assert "drawn" not in title(activations, analysis | {"activations": {"layers": found["layers"][:5]}})
 
 
+def test_bands_are_the_adapters_own_and_grey_where_they_share_one():
+    def series(low):
+        return {"measures": {"norm": {"band": [low, low + 1]}}}
+
+    colours = {"a": ("red", "a"), "b": ("blue", "b"), "c": ("blue", "b")}
+    alone = {"a": series(1.0), "b": series(5.0), "c": series(5.5)}
+    # Runs of one task, in its colour, have one band around all of theirs.
+    assert geometry.bands(alone, "norm", colours) == [(1.0, 2.0, "red"), (5.0, 6.5, "blue")]
+    shared = {"a": series(1.0), "b": series(1.0)}
+    assert geometry.bands(shared, "norm", colours) == [(1.0, 2.0, style.GREY)]
+    many = {str(index): series(float(index)) for index in range(8)}
+    of_many = {key: (style.COLOURS[int(key) % 7], key) for key in many}
+    assert geometry.bands(many, "norm", of_many) == [(0.0, 8.0, style.GREY)]
+
+
 def test_umap_is_drawn_beside_the_others(analysis):
     projected = analysis["projection"]
     umap = {"neighbors": 15, "min_dist": 0.1, "seed": 0, "groups": projected["tsne"]["groups"]}

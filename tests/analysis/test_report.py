@@ -16,7 +16,7 @@ from planted_analysis import NASTY, planted
 from priors_peft.analysis.report import save_report
 
 
-SECTIONS = ["overview", "tokens", "geometry", "projection", "activations", "faithfulness", "stability", "transfer", "questions", "reading"]  # fmt: skip
+SECTIONS = ["overview", "tokens", "geometry", "projection", "activations", "faithfulness", "descriptions", "stability", "transfer", "questions", "reading"]  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -71,7 +71,7 @@ def test_a_part_that_is_not_there_is_left_out(name, analysis, tmp_path):
 
 
 def test_a_bare_adapter_is_said_to_be_not_measured_and_why(analysis, tmp_path):
-    bare = [{**analysis["adapters"][0], "tokens": None, "geometry": None, "faithfulness": None}]
+    bare = [{**analysis["adapters"][0], **dict.fromkeys(("tokens", "geometry", "faithfulness", "description"))}]
     rest = dict.fromkeys(("projection", "activations", "stability", "transfer", "words", "questions"))
     left_out = {"faithfulness": "no <task> given"}
     found = Page(save_report(analysis | rest | {"adapters": bare, "left_out": left_out}, tmp_path / "report.html"))

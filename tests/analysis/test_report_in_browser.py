@@ -42,7 +42,7 @@ def opened(browser, analysis, tmp_path_factory):
     page.on("dialog", lambda dialog: (page.said.append(f"dialog {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready=yes]", timeout=30_000)
+    page.wait_for_selector("html[data-ready=yes]", timeout=120_000)
     yield page
     page.close()
 

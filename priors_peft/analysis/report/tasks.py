@@ -70,6 +70,7 @@ def losses(adapters: Sequence[claims.Part]) -> Figure:
                 "marker": {
                     "symbol": markers[key],
                     "size": 11,
+                    "line": {"width": 2 if markers[key].endswith("-open") else 0},
                     "color": GREY if style["color"] == "black" else style["color"],
                 },
             }
