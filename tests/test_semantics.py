@@ -115,7 +115,7 @@ def test_runs_that_move_alike_are_told_from_starts_that_lie_apart(recipe, within
     assert moves["distance_within"] < 10 < moves["distance_between"]  # whatever training did
     (runs,) = questions.questions(analysis(stability={"groups": [group(height=2.0)]}), moves)
     assert verdict in runs["answer"] and "their descriptions' doing" in runs["answer"]
-    assert "In none of 1 task" in runs["answer"] and runs["figures"]["moves"] == moves
+    assert "In 0 of 1 task" in runs["answer"] and runs["figures"]["moves"] == moves
     starts, prompts, tasks = moved(within, between)
     assert questions.moves_of(starts, prompts, ["rte"] * 6) is None
     assert questions.moves_of(starts[::3], prompts[::3], tasks[::3]) is None
