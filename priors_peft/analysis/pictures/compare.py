@@ -34,7 +34,7 @@ def curves(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], no_prompt: M
     tasks, tunings = (list(dict.fromkeys(getattr(run, name) for run in runs)) for name in ("task", "tuning"))
     figure = new_figure(_curves_title(table), 0.5 + 2.3 * len(tasks))
     axes = figure.subplots(len(tasks), len(tunings), squeeze=False, sharex="row", sharey="row")
-    palette = _palette([run.prior for run in runs])
+    palette, several = _palette([run.prior for run in runs]), len({run.seed for run in runs}) > 1
     for (task, tuning), group in grouped(runs, "task", "tuning").items():
         axis = axes[tasks.index(task)][tunings.index(tuning)]
         axis.axhline(no_prompt[task], color=GREY, linestyle=":", linewidth=1)
@@ -45,15 +45,18 @@ def curves(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], no_prompt: M
         row[0].set_ylabel("NLL (nats/token)")
     for axis in axes[-1]:
         axis.set_xlabel("training step")
+    for axis in axes.ravel():
+        axis.xaxis.get_major_locator().set_params(integer=True)
     entries: dict[str, dict[str, Any]] = {
         prior: {"color": colour, "linestyle": "-"} for prior, colour in palette.items()
     }
     entries |= {
         "training batches": {"color": GREY, "linestyle": "-"},
+        **({"range over seeds": {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7}} if several else {}),
         "held-out rows": {"color": GREY, "marker": "o"},
         "no prompt, held-out rows": {"color": GREY, "linestyle": ":"},
     }
-    add_legend(figure, entries, loc="outside lower left", ncols=5)
+    add_legend(figure, entries, loc="outside lower left", ncols=3)
     return figure
 
 
@@ -90,7 +93,7 @@ def prompts(runs: Sequence[Run], vocabulary: Tensor, place: Mapping[str, Any], s
     shown = [run for run in runs if run.seed == first]
     tunings, tasks = (list(dict.fromkeys(getattr(run, name) for run in shown)) for name in ("tuning", "task"))
     palette = _palette([run.prior for run in runs])
-    figure = new_figure(_prompts_title(place), 0.8 + 5.6)
+    figure = new_figure(_prompts_title(place), 1.0 + 5.6)
     axes = figure.subplots(2, len(tunings), squeeze=False)
     sample = vocabulary[sample_rows(len(vocabulary), _VOCABULARY, seed, None)]
     for column, tuning in enumerate(tunings):
@@ -107,7 +110,7 @@ def prompts(runs: Sequence[Run], vocabulary: Tensor, place: Mapping[str, Any], s
         axes[0][column].set_xlabel(f"component 1 ({claims.percent(shares[0])} of variance)")
         axes[0][column].set_ylabel(f"component 2 ({claims.percent(shares[1])})")
         axes[1][column].set_title(f"{tuning}: t-SNE", loc="left")
-        axes[1][column].set_xlabel("no unit: only neighbours mean something")
+        axes[1][column].set_xlabel("only neighbours mean something", fontsize=8)
         axes[1][column].set_xticks([])
         axes[1][column].set_yticks([])
     entries: dict[str, dict[str, Any]] = {prior: {"color": colour, "marker": "o"} for prior, colour in palette.items()}
@@ -119,7 +122,7 @@ def prompts(runs: Sequence[Run], vocabulary: Tensor, place: Mapping[str, Any], s
         "way from start to end": {"color": GREY, "linestyle": "-", "linewidth": 0.6},
         "vocabulary": {"color": PALE, "marker": "."},
     }
-    add_legend(figure, entries, loc="outside lower left", ncols=5)
+    add_legend(figure, entries, loc="outside lower left", ncols=3)
     return figure
 
 
