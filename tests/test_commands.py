@@ -156,6 +156,7 @@ def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
         (["--reference", "vocab"], "got 'vocab'. Did you mean 'vocabulary'?"),
         (["--reference_kwargs", '{"dat": 1}'], "must be one of data, got 'dat'. Did you mean 'data'?"),
         (["--task_kwargs", '{"promt_column": "p"}'], "got promt_column='p'. Did you mean 'prompt_column'"),
+        (["recipe.yaml"], "a recipe must stand before the flags, got 'recipe.yaml' after them"),
         (["--learning_rate", "high"], "argument --learning_rate/--learning-rate: invalid float value: 'high'"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens must be >= 1, got 0"),
         (["--layers", "first"], "layers must be all or numbers like 0,-3,-2,-1, got 'first'"),

@@ -142,6 +142,8 @@ def parse(
     *objects, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     while rest and len(values) < len(positional) and not rest[0].startswith("-"):
         values.append(rest.pop(0))
+    if rest and rest[0].endswith((".yaml", ".yml")):
+        raise ValueError(f"a recipe must stand before the flags, got {rest[0]!r} after them")
     if rest:
         raise ValueError(f"{rest[0]!r} is no flag{did_you_mean(rest[0].lstrip('-').replace('-', '_'), known, 1)}")
     many = bool(positional) and positional[-1].endswith("...")

@@ -112,10 +112,10 @@ def load_task(
         if kwargs.get("subtask") not in (None, subtask):
             raise ValueError(f"subtask must be {subtask!r} with task={name}:{subtask}, got {kwargs['subtask']!r}")
         kwargs["subtask"] = subtask
-    if num_train is not None and num_train < 1:
-        raise ValueError(f"num_train must be at least 1, got {num_train}. Leave it out for the task's default")
-    if num_eval is not None and num_eval < 0:
-        raise ValueError(f"num_eval must be at least 0, got {num_eval}. Pass 0 for no evaluation")
+    if num_train is not None and not (isinstance(num_train, int) and num_train >= 1):
+        raise ValueError(f"num_train must be at least 1, got {num_train!r}. Leave it out for the task's default")
+    if num_eval is not None and not (isinstance(num_eval, int) and num_eval >= 0):
+        raise ValueError(f"num_eval must be at least 0, got {num_eval!r}. Pass 0 for no evaluation")
     load = importlib.import_module(f"{__package__}.{name}").load
     given = {"data_dir": data_dir, "num_train": num_train, "num_eval": num_eval, "seed": seed, **kwargs}
     taken = inspect.signature(load).parameters

@@ -107,7 +107,7 @@ def _find(file: str, data_dir: str | None, argument: str) -> Path:
         where = f" in data_dir {data_dir!r}" if data_dir else f" from {str(Path.cwd())!r}"
         raise FileNotFoundError(
             f"{argument} must be an existing file, got {file!r}{where}. Check the path: a .jsonl, .json or .csv file "
-            "with prompt and completion, messages, or text"
+            "with prompt and completion, messages, or text. A data set on the Hub is named by dataset"
         )
     return path
 

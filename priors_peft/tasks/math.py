@@ -316,7 +316,8 @@ def _read_pairs(folder: Path, level: str, module: str) -> list[Pair]:
             )
         raise FileNotFoundError(
             f"data_dir must hold the published data set, got {str(folder)!r} without {level}/{module}.txt. "
-            "Pass the folder that holds train-easy, train-medium, train-hard and interpolate"
+            "Pass the folder that holds train-easy, train-medium, train-hard and interpolate; without data_dir, the "
+            "questions are generated"
         )
     lines = path.read_text(encoding="utf-8").splitlines()
     if len(lines) % 2:

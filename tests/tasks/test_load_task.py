@@ -72,9 +72,11 @@ def test_argument_the_task_does_not_take():
         load_task("math", train_file="x.jsonl")
 
 
-@pytest.mark.parametrize(("argument", "value"), [("num_train", 0), ("num_eval", -1)])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("num_train", 0), ("num_eval", -1), ("num_train", "ten"), ("num_eval", 0.5)]
+)
 def test_impossible_counts(argument, value):
-    with pytest.raises(ValueError, match=f"{argument} must be at least [01], got {value}"):
+    with pytest.raises(ValueError, match=f"{argument} must be at least [01], got {value!r}"):
         load_task("math", **{argument: value})
 
 
