@@ -225,7 +225,7 @@ def test_texts_of_rows():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"reference": "words"}, "reference must be vocabulary, activations, adapters"),
+        ({"reference": "words"}, "reference must be .* one of vocabulary, activations, adapters"),
         ({"reference": "activations"}, 'reference="activations" needs a tokenizer and reference_kwargs'),
         ({"reference": "adapters"}, 'reference="adapters" needs reference_kwargs'),
         ({"prior": "interpolation"}, 'prior="interpolation" needs two references'),
