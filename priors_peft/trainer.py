@@ -68,6 +68,12 @@ class PriorTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            # Else accelerate takes each of the launched processes for the only one.
+            if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+                self.ddp_backend = self.ddp_backend or "gloo"
+            else:
+                self.use_cpu = True
         super().__post_init__()
         weight_factor(self.prior_weight_schedule, 0.0)
         # Pinned memory is for copies to an accelerator; without one torch only warns.
@@ -401,8 +407,8 @@ def _check_processes(trainer: PriorTrainer) -> None:
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if started != processes:
         raise ValueError(
-            f"the launcher started {started} processes, but accelerate sees {processes}: without a GPU, DeepSpeed needs "
-            "--ddp_backend gloo"
+            f"the launcher started {started} processes, but accelerate sees {processes}: start them with a file of "
+            "accelerate_configs/"
         )
     if hasattr(rows, "__len__") and len(rows) < processes:
         raise ValueError(

@@ -54,15 +54,12 @@ def one(recipe, tmp_path_factory) -> Path:
 
 
 def launch(config: str, folder: Path, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` of two processes, on CPUs unless the environment says otherwise."""
+    """`accelerate launch` of two processes on CPUs."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2"]
     command += ["--main_process_port", "0", str(ROOT / "tests/distributed/launched.py"), str(folder), *arguments]
-    environment = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
-    if config.startswith("zero"):
-        # DeepSpeed must not be told; it is for GPUs, and finds none.
-        environment.pop("ACCELERATE_USE_CPU")
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
     # An end to a hang, which is what is tested; it takes seconds.
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | environment, timeout=400, cwd=str(folder)
@@ -81,7 +78,6 @@ def launch(config: str, folder: Path, arguments: list[str], **environment: str) 
 def test_two_processes_give_what_one_gives_and_save_and_push_once(config, tolerance, expected, recipe, one, tmp_path):
     HUB.reset()
     arguments = [*recipe, "--per_device_train_batch_size", "2", "--push_to_hub", "true"]
-    arguments += ["--ddp_backend", "gloo"] if config.startswith("zero") else []
     done = launch(config, tmp_path, arguments, **HUB.environment(HF_HOME=str(tmp_path / "hf")))
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
