@@ -71,7 +71,7 @@ class PriorTrainingArguments(TrainingArguments):
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             # Else accelerate takes each of the launched processes for the only one.
             if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-                self.ddp_backend = self.ddp_backend or "gloo"
+                self.ddp_backend = self.ddp_backend or "gloo"  # type: ignore[has-type]
             else:
                 self.use_cpu = True
         super().__post_init__()
