@@ -337,10 +337,10 @@ def regions(
 
     Returns:
         `arms`: for each tuning and prior the share of virtual tokens beyond the edge, `outside_at_start` and
-        `outside`, and `gain` over no prompt in nats per answer token (`mean`, `se`, `n`). `far_started` and
-        `far_ended`: runs of which more than half the virtual tokens started or ended beyond the edge: `runs`, and
-        how many of them are `better_than_none`. `difference`: mean NLL of runs that started far less that of the runs
-        of the same task, tuning and seed that did not (`mean`, `se`, `n` pairs), None where all or none did.
+        `outside`, and `gain` over no prompt in nats per answer token (`mean`, `se`, `n`). `tunings`: for each tuning
+        `far_started` and `far_ended`, runs of which more than half the virtual tokens started or ended beyond the edge:
+        `runs`, and how many of them are `better_than_none`; and `difference`, the mean NLL of runs that started far less
+        that of the runs of the same task and seed that did not (`mean`, `se`, `n` pairs), None where all or none did.
     """
 
     def outside(prompt: Tensor) -> float:
@@ -358,25 +358,29 @@ def regions(
         }
         for (tuning, prior), group in grouped(runs, "tuning", "prior").items()
     ]
-    pairs = []
-    for group in grouped(runs, "task", "tuning", "seed").values():
-        far, near = (
-            [run.results["nll"] for run in group if (at_start[run.name] > 0.5) == is_far] for is_far in (True, False)
-        )
-        if far and near:
-            pairs.append(statistics.fmean(far) - statistics.fmean(near))
 
-    def counted(shares: Mapping[str, float]) -> dict[str, int]:
-        far = [name for name, share in shares.items() if share > 0.5]
+    def counted(group: Sequence[Run], shares: Mapping[str, float]) -> dict[str, int]:
+        far = [run.name for run in group if shares[run.name] > 0.5]
         return {"runs": len(far), "better_than_none": sum(gains[name] > 0 for name in far)}
 
-    return {
-        "arms": arms,
-        "edge": edge,
-        "far_started": counted(at_start),
-        "far_ended": counted(at_end),
-        "difference": mean_and_error(pairs) if pairs else None,
+    def difference(group: Sequence[Run]) -> dict[str, Any] | None:
+        pairs = []
+        for same in grouped(group, "task", "seed").values():
+            far = [run.results["nll"] for run in same if at_start[run.name] > 0.5]
+            near = [run.results["nll"] for run in same if at_start[run.name] <= 0.5]
+            if far and near:
+                pairs.append(statistics.fmean(far) - statistics.fmean(near))
+        return mean_and_error(pairs) if pairs else None
+
+    tunings = {
+        tuning: {
+            "far_started": counted(group, at_start),
+            "far_ended": counted(group, at_end),
+            "difference": difference(group),
+        }
+        for (tuning,), group in grouped(runs, "tuning").items()
     }
+    return {"arms": arms, "edge": edge, "tunings": tunings}
 
 
 def _start(run: Run) -> Tensor:

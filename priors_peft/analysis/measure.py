@@ -242,6 +242,7 @@ def task_activations(
     with_prompt: bool = True,
     how: str = "mean",
     batch_size: int = 16,
+    skip: int = 0,
 ) -> dict[int, Tensor]:
     """One vector a row at each layer: the text's hidden states pooled, padding and virtual tokens left out.
 
@@ -254,6 +255,8 @@ def task_activations(
         with_prompt: Whether the active prompt comes before the text.
         how: As in `activations.pool`.
         batch_size: Rows at once.
+        skip: How many tokens at the start of each row don't count. Where no prompt comes before it, a text's first token is
+            an attention sink, whose state can outweigh all others together.
 
     Returns:
         For each of `layers`, as it was asked for, a float32 tensor `[n, d]` in the rows' order, on the CPU.
@@ -279,8 +282,10 @@ def task_activations(
                 text = Text(batch["input_ids"], None, batch["attention_mask"], None)
                 options = {"output_hidden_states": True}
                 states = continued(decoder(model.base_model), text.after(0), None, options).hidden_states
+            counted = batch["attention_mask"].clone()
+            counted[:, :skip] = 0
             for layer, pooled in parts.items():
-                pooled.append(pool(states[layer], batch["attention_mask"], how).cpu())
+                pooled.append(pool(states[layer], counted, how).cpu())
     back = torch.tensor(order).argsort()
     return {layer: torch.cat(pooled)[back] for layer, pooled in parts.items()}
 

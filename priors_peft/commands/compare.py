@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> None:
     sources = read_sources(names)
     runs = [read_run(source) for source in sources]
     name_runs(runs)
+    runs.sort(key=lambda run: (run.tuning != "soft", run.tuning, run.prior != args.baseline, run.prior, run.seed))
     known = sorted({run.prior for run in runs})
     if args.baseline not in known:
         raise ValueError(f"baseline must be {unknown(args.baseline, known)}")
@@ -247,7 +248,7 @@ def activations(
 ) -> dict[str, dict[int, dict[str, Tensor]]]:
     """Mean states of the rows before their answers, cut to equal lengths, `[n, d]` by condition, layer and task.
 
-    Padding and virtual tokens don't count. Conditions are no prompt, and one prompt before the rows of all tasks. Empty
+    Padding, virtual tokens and each row's first token, an attention sink, don't count. Conditions are no prompt, and one prompt before the rows of all tasks. Empty
     for one task, or fewer rows than the probe's folds.
     """
     if len(tokens) < 2 or min(map(len, tokens.values())) < FOLDS:
@@ -256,14 +257,14 @@ def activations(
     before = {
         name: prompts_of(*(list(rows[column])[: args.num_rows] for column in columns)) for name, rows in tokens.items()
     }
-    matched = match_lengths(before)
+    matched = match_lengths(before, minimum=2)
     cut = [row for rows in matched.values() for row in rows]
     sizes = [len(rows) for rows in matched.values()]
     depth = model.base_model.config.get_text_config().num_hidden_layers
     layers = sorted({depth // 3, 2 * depth // 3, depth})
 
     def of(with_prompt: bool) -> dict[int, dict[str, Tensor]]:
-        found = task_activations(model, cut, layers, with_prompt, batch_size=args.batch_size)
+        found = task_activations(model, cut, layers, with_prompt, batch_size=args.batch_size, skip=1)
         return {layer: dict(zip(matched, points.split(sizes), strict=True)) for layer, points in found.items()}
 
     states = {"no prompt": of(False)}
@@ -357,19 +358,16 @@ def _regions(regions: dict[str, Any]) -> str:
         for arm in regions["arms"]
     ]
     said = [
-        f"{one['better_than_none']} of {one['runs']} runs that {verb} outside beat no prompt"
-        for verb, one in (("started", regions["far_started"]), ("ended", regions["far_ended"]))
+        f"{tuning}: {one['far_started']['better_than_none']} of {one['far_started']['runs']} runs that started outside and "
+        f"{one['far_ended']['better_than_none']} of {one['far_ended']['runs']} that ended outside beat no prompt"
+        + ("" if one["difference"] is None else f"; nll {with_error(one['difference'])}")
+        for tuning, one in regions["tunings"].items()
     ]
-    if regions["difference"]:
-        said.append(
-            "nll of runs that started outside less that of runs that did not (same task, tuning and seed): "
-            + with_error(regions["difference"])
-        )
     return (
         '## "Models can work with embeddings from new regions"\n\nShare of virtual tokens at the embedding layer that lie '
         f"further out (Mahalanobis) than {INSIDE:.0%} of the vocabulary.\n\n{markdown_table(heads, lines)}\n\n"
-        + ". ".join(line[0].upper() + line[1:] for line in said)
-        + "."
+        "Far is more than half of a prompt's virtual tokens; nll of runs that started there less that of the runs of the same "
+        "task and seed that did not:\n\n" + "\n".join(f"- {line}" for line in said)
     )
 
 
@@ -393,6 +391,6 @@ def _clusters(found: list[dict[str, Any]]) -> str:
     ]
     return (
         '## "Distinct clusters of activations for distant tasks"\n\nMean states of held-out rows before their answers, cut '
-        f"to equal lengths, padding and virtual tokens left out; a linear probe in {FOLDS} folds.\n\n"
+        f"to equal lengths, without padding, virtual tokens and first tokens (attention sinks); a linear probe in {FOLDS} folds.\n\n"
         + markdown_table(heads, lines)
     )

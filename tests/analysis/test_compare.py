@@ -190,17 +190,19 @@ def test_regions_count_runs_beyond_the_edge_and_what_they_gain():
         run(prior="exclusion", seed=1, nll=2.5, loc=10.0, scale=0.01),
     )
     found = regions(runs, lambda points: points.norm(dim=-1) / 4, edge=5.0, no_prompt={"math": 2.0})
-    assert found["far_started"] == {"runs": 2, "better_than_none": 1}
-    assert found["far_ended"] == {"runs": 3, "better_than_none": 2}
+    soft = found["tunings"]["soft"]
+    assert soft["far_started"] == {"runs": 2, "better_than_none": 1}
+    assert soft["far_ended"] == {"runs": 3, "better_than_none": 2}
     near, far = found["arms"]
     assert (near["outside_at_start"], near["outside"], far["outside"]) == (0.0, 0.5, 1.0)
     assert near["gain"]["mean"] == pytest.approx(0.75) and far["gain"]["mean"] == pytest.approx(0.15)
-    assert found["difference"]["mean"] == pytest.approx((0.2 + 1.0) / 2) and found["difference"]["n"] == 2
+    assert soft["difference"]["mean"] == pytest.approx((0.2 + 1.0) / 2) and soft["difference"]["n"] == 2
 
 
 def test_regions_without_both_kinds_have_no_difference():
     runs = named(run(), run(prior="structured"))
-    assert regions(runs, lambda points: points.norm(dim=-1), 1e9, {"math": 2.0})["difference"] is None
+    found = regions(runs, lambda points: points.norm(dim=-1), 1e9, {"math": 2.0})
+    assert found["tunings"]["soft"]["difference"] is None
 
 
 # Tasks among activations.

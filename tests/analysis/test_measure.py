@@ -202,6 +202,15 @@ def test_activations_are_those_of_each_row_alone(architecture, with_prompt):
     assert torch.equal(found[-1], found[LAYERS])
 
 
+def test_skipped_first_tokens_are_in_no_activation():
+    model, _, rows = tuned()
+    ids = [row["input_ids"] for row in rows]
+    whole, rest = (task_activations(model, ids, [2], skip=skip)[2] for skip in (0, 1))
+    first = task_activations(model, [row[:1] for row in ids], [2])[2]  # causal: what follows doesn't show in it
+    lengths = torch.tensor([len(row) for row in ids])[:, None]
+    assert torch.allclose(whole * lengths, rest * (lengths - 1) + first, atol=1e-3)
+
+
 def test_a_prompt_shows_in_deeper_activations_only():
     model, _, rows = tuned()
     ids = match_lengths({"sums": [row["input_ids"] for row in rows], "long": [[5] * 9] * 7})["sums"]

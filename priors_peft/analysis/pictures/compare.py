@@ -33,7 +33,7 @@ def curves(runs: Sequence[Run], table: Sequence[Mapping[str, Any]], no_prompt: M
     """Training batches' likelihood over steps, and the held-out one where it was measured: a panel a task and tuning."""
     tasks, tunings = (list(dict.fromkeys(getattr(run, name) for run in runs)) for name in ("task", "tuning"))
     figure = new_figure(_curves_title(table), 0.5 + 2.3 * len(tasks))
-    axes = figure.subplots(len(tasks), len(tunings), squeeze=False, sharex="row", sharey="row")
+    axes = figure.subplots(len(tasks), len(tunings), squeeze=False, sharex="row")
     palette, several = _palette([run.prior for run in runs]), len({run.seed for run in runs}) > 1
     for (task, tuning), group in grouped(runs, "task", "tuning").items():
         axis = axes[tasks.index(task)][tunings.index(tuning)]
