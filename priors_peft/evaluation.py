@@ -45,7 +45,8 @@ def answer(
     Args:
         model: A causal language model; logits longer than the text (stock PEFT's) are aligned at their end.
         tokenizer: Its tokenizer.
-        dataset: Rows with `prompt` and `completion`, and maybe `answers`, the texts any of which is right.
+        dataset: Rows with `prompt` and `completion`, and maybe `answers`, the texts any of which is right. A row's first
+            token is not scored: without a prompt nothing predicts it.
         max_new_tokens: Most tokens of a generated answer.
         batch_size: Rows a batch.
         desc: What the progress bar says.
@@ -56,6 +57,7 @@ def answer(
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
     fills = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
     rows = list(tokenize(dataset, tokenizer, context and context - virtual - max_new_tokens))
+    rows = [row | {"labels": [IGNORED, *list(row["labels"])[1:]]} for row in rows]
     prompts = prompts_of(*([row[name] for row in rows] for name in fills))
     # From the first token of the answer on.
     ends = [{name: list(row[name])[answer_start(row["labels"]) :] for name in fills} for row in rows]

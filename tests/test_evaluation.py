@@ -1,10 +1,13 @@
 """Answers and their likelihood are each row's own, whatever rows they share a batch with."""
 
 import pytest
+import torch
 from conftest import make_model, make_tokenizer
+from datasets import Dataset
 from test_model import TOKENS, stock_twin
 
 from priors_peft import PriorConfig, get_prior_model
+from priors_peft.data import IGNORED
 from priors_peft.evaluation import answer
 
 
@@ -44,3 +47,16 @@ def test_rows_that_fit_the_context_alone_need_not_fit_it_together():
     rows = [{"prompt": "1 " * 100, "completion": " 5"}, {"prompt": "1", "completion": " 6" * 100}]
     alone, together = (answer(model, tokenizer, rows, 3, batch_size=size) for size in (1, 2))
     assert together.nll == pytest.approx(alone.nll, rel=1e-5) and together.predictions == alone.predictions
+
+
+def test_a_first_token_with_nothing_before_it_is_not_scored():
+    tokenizer, model = make_tokenizer(), get_prior_model(make_model(), PriorConfig(**CONFIG)).eval()
+    rows = [{"input_ids": ids, "attention_mask": [1] * 4, "labels": ids} for ids in ([5, 6, 7, 8], [9, 6, 7, 8])]
+    with torch.no_grad():
+        outputs = [
+            model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([[IGNORED, *row["labels"][1:]]]))
+            for row in rows
+        ]
+    expected = sum(output.row_nll.item() for output in outputs) / 6
+    for size in (1, 2):
+        assert answer(model, tokenizer, Dataset.from_list(rows), 3, size).nll == pytest.approx(expected, rel=1e-5)
