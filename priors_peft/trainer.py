@@ -217,6 +217,13 @@ class PriorTrainer(HubTrainer):
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Trainer looks for the end after a step only: a run that is resumed from its last step would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def compute_loss(
         self,
         model: torch.nn.Module,

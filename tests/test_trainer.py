@@ -385,6 +385,14 @@ def test_an_unwritable_folder_is_found_out_before_training(tmp_path, monkeypatch
         make_trainer(tmp_path / "full")
 
 
+def test_a_run_that_is_resumed_from_its_last_step_is_not_trained_on(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 6, "lr_scheduler_type": "constant"}
+    (whole := make_trainer(tmp_path, **settings)).train()
+    (resumed := make_trainer(tmp_path, **settings)).train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert torch.equal(coordinate(resumed), coordinate(whole))
+
+
 def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
