@@ -184,6 +184,8 @@ def card_text(
     given = [tags] if isinstance(tags, str) else tags or []
     kept_tags = [tag for tag in old_data.get("tags") or [] if not str(tag).startswith(("prior:", "task:"))]
     data.tags = list(dict.fromkeys([*(data.tags or []), *map(slug, given), *kept_tags]))
+    if license is not None and old_data.get("license") not in (None, license):
+        old_data = {key: value for key, value in old_data.items() if key not in ("license_name", "license_link")}
     given_data = {"license": license, "language": language}
     own = old_data | {name: value for name, value in given_data.items() if value is not None}
     for name, value in (own if own.get("license") else base_licence(facts) | own).items():
@@ -208,8 +210,8 @@ def base_licence(facts: Facts) -> dict[str, Any]:
     if facts.base_model == BUNDLED:
         return {"license": "apache-2.0"}
     base = facts.stock.get("base_model_name_or_path") or ""
-    path: Any = Path(base, CARD)
-    if not path.is_file() and facts.base_model:
+    path: Any = Path(base, CARD) if base else None
+    if facts.base_model and not (path and path.is_file()):
         path = try_to_load_from_cache(facts.base_model, CARD, revision=facts.stock.get("revision"))
     if not isinstance(path, (str, Path)):  # None, or a mark that the repository has none
         return {}

@@ -177,6 +177,9 @@ def test_the_licence_is_the_base_models_where_its_card_is_here(adapter):
     data = ModelCard(card_text(adapter)).data
     assert (data.license, data["license_name"], data["license_link"]) == ("other", "some-1", "https://x.org/1")
     assert "license_name" not in ModelCard(card_text(adapter, license="mit")).data.to_dict()
+    write_card(adapter)
+    data = ModelCard(card_text(adapter, license="mit")).data.to_dict()
+    assert data["license"] == "mit" and data.keys().isdisjoint({"license_name", "license_link"})
 
 
 def test_a_folder_is_no_base_model_for_others(adapter):
