@@ -149,6 +149,8 @@ def read_sweep(path: str, arguments: list[str]) -> list[Run]:
     for chosen in itertools.product(*(of_axis.items() for of_axis in axes.values())):
         labels = dict(zip(axes, (label for label, _ in chosen), strict=True))
         runs.append(Run(labels, functools.reduce(dict.__or__, (own for _, own in chosen), settings), flags))
+        if runs[-1].name in {run.name for run in runs[:-1]}:
+            raise ValueError(f"labels must name each run once, got {runs[-1].name!r} twice: rename a label")
     return runs
 
 
@@ -159,33 +161,35 @@ def _read(path: str) -> tuple[dict[str, Any], Axes]:
     recipe, grid = own.pop("recipe", None), own.pop("grid", None) or {}
     settings, axes = _read(str(Path(path).parent / recipe)) if recipe else ({}, {})
     nodes = {key.value: node for key, node in yaml.compose(Path(path).read_text(encoding="utf-8")).value}
-    for axis, node in nodes["grid"].value if grid else []:
-        name, given = axis.value, grid[axis.value]
+    # Names are as they are written: YAML takes `no` for a boolean.
+    for (axis, node), given in zip(nodes["grid"].value if grid else [], grid.values(), strict=True):
+        name = axis.value
         if isinstance(given, list) and given:
             if name not in axes:
-                single = yaml.MappingNode("", [(axis, node.value[0])])
-                flag_values(path, single, {name: given[0]}, parser, FLAGS)
-            _keep(axes, name, given)
+                for item, value in zip(node.value, given, strict=True):
+                    flag_values(path, yaml.MappingNode("", [(axis, item)]), {name: value}, parser, FLAGS)
+            _keep(axes, name, [str(item.value) for item in node.value])
         elif isinstance(given, dict) and all(isinstance(flags or {}, dict) for flags in given.values()):
-            for (_, flags), (label, values) in zip(node.value, given.items(), strict=True):
+            for (key, flags), values in zip(node.value, given.values(), strict=True):
+                label = key.value
                 known = axes.setdefault(name, {})
                 named = {name: label} if name in FLAGS else {}
                 typed = flag_values(path, flags, values, parser, FLAGS) if values else {}
-                known[str(label)] = named | known.get(str(label), {}) | typed
+                known[label] = named | known.get(label, {}) | typed
         else:
             line = node.start_mark.line + 1
             raise ValueError(f"{path}, line {line}: {name} must list values or map labels to flags, got {given!r}")
     return settings | own, axes
 
 
-def _keep(axes: Axes, axis: str, values: list[Any]) -> None:
+def _keep(axes: Axes, axis: str, values: list[str]) -> None:
     """Keep these labels of an axis; one that lists a flag's values takes any others."""
     known = axes.get(axis, {})
     if not all(set(flags) == {axis} for flags in known.values()):
-        for value in map(str, values):
+        for value in values:
             if value not in known:
                 raise ValueError(f"{axis} must be {unknown(value, known)}")
-    axes[axis] = {str(value): known.get(str(value), {axis: value}) for value in values}
+    axes[axis] = {value: known.get(value, {axis: value}) for value in values}
 
 
 def _choose(axes: Axes, arguments: list[str]) -> list[str]:

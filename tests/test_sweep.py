@@ -66,6 +66,12 @@ def test_a_sweep_can_be_a_part_or_a_change_of_another(tmp_path, sweep):
     assert runs[1].settings["max_steps"] == 9 and runs[1].settings["prior_kwargs"] == {"scale": 0.02}
 
 
+@pytest.mark.parametrize("grid", ["[no, steps]", "{no: {}, steps: {max_steps: 3}}"])
+def test_a_value_on_an_axis_means_what_it_means_after_its_flag(grid, tmp_path, sweep):
+    runs = sweep.read_sweep(write(tmp_path / "grid.yaml", f"model: m\ngrid:\n  save_strategy: {grid}\n"), [])
+    assert [(run.name, run.parsed()[-1].save_strategy) for run in runs] == [("no", "no"), ("steps", "steps")]
+
+
 @pytest.mark.parametrize(
     "text, flags, message",
     [
@@ -75,6 +81,9 @@ def test_a_sweep_can_be_a_part_or_a_change_of_another(tmp_path, sweep):
         ("grid:\n  seed: 0\n", [], "line 2: seed must list values or map labels to flags, got 0"),
         ("grid:\n  seed: []\n", [], "seed must list values"),
         ("grid:\n  prior: [a b]\n", [], "labels must be letters"),
+        ("grid:\n  on: [1]\n", [], "line 2: 'on' is no flag"),
+        ("grid:\n  seed: [0, one]\n", [], "line 2: argument --seed: invalid int value: 'one'"),
+        ("grid:\n  a: {x: {}, x-y: {}}\n  b: {y-z: {}, z: {}}\n", [], "got 'x-y-z' twice"),
         (GRID, ["--prior", "narow"], "prior must be one of gaussian, narrow, got 'narow'. Did you mean 'narrow'?"),
         (
             GRID,
