@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import SUPERGLUE_KWARGS, addition_rows, save_base, write_superglue
 
+from priors_peft import load_base_model
+from priors_peft.analysis.sources import read_sources
 from priors_peft.cli import main
+from priors_peft.commands.compare import ComparisonArguments, load_rows, read_run
 
 
 pytestmark = pytest.mark.slow
@@ -98,7 +101,8 @@ def test_figures_are_those_of_the_runs(study, tmp_path, capsys):
 
 
 def test_no_prompt_is_what_evaluate_measures(study, tmp_path, capsys):
-    assert compare(study, tmp_path, names="completions-*") == 0
+    own = json.dumps({"completions": {"train_file": str(study / "rows.jsonl")}})
+    assert compare(study, tmp_path, "--tasks", own, names="completions-*") == 0
     adapter = tmp_path / "adapter"
     shutil.copytree(study / "out" / "runs" / "completions-gaussian-0", adapter)
     rows = [
@@ -120,6 +124,32 @@ def test_no_prompt_is_what_evaluate_measures(study, tmp_path, capsys):
     seeds = [run["results"]["nll"] for run in found["runs"] if run["prior"] == "gaussian"]
     assert gain == pytest.approx(found["no_prompt"]["completions"] - seeds[0], rel=1e-4)
     assert arm["gain"]["mean"] == pytest.approx(found["no_prompt"]["completions"] - statistics.fmean(seeds))
+
+
+def test_a_text_prior_is_one_arm_whatever_its_tasks_description(study, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(study / "out" / "runs" / "rte-gaussian-0", adapter)
+    described, description = json.loads((adapter / "prior_config.json").read_text()), "Does the first follow?"
+    for text, left in ((description, None), ("my own", {"text": "my own"})):
+        described["config"]["prior_kwargs"] = {"text": text}
+        (adapter / "prior_config.json").write_text(json.dumps(described))
+        facts = json.loads((adapter / "task.json").read_text()) | {"description": description}
+        (adapter / "task.json").write_text(json.dumps(facts))
+        (source,) = read_sources([str(adapter)])
+        assert read_run(source).settings.get("prior_kwargs") == left
+
+
+def test_no_prompt_is_measured_on_rows_that_are_cut_as_the_runs_were(study):
+    (source,) = read_sources([str(study / "out" / "runs" / "completions-gaussian-0")])
+    base, tokenizer = load_base_model(str(study / "base"))
+    args = ComparisonArguments(tasks=(study / "tasks.json").read_text())
+    lengths = []
+    for max_length in (None, 5):
+        run = read_run(source)
+        run.task, run.data["max_length"] = "completions", max_length
+        tokens = load_rows([run], [source], args, base, tokenizer)
+        lengths.append(max(map(len, tokens["completions"]["input_ids"])))
+    assert lengths[0] > 5 == lengths[1]
 
 
 def test_other_rows_than_the_runs_own_are_refused(study, tmp_path, capsys):

@@ -83,7 +83,7 @@ def name_runs(runs: Sequence[Run]) -> None:
     arms = [{key: run.settings.get(key) for key in sorted(varying)} for run in runs]
     named = _names(arms, [f"{_tuning(run.settings)}\n{run.settings['prior']}" for run in runs])
     for run, task, arm in zip(runs, tasks, named, strict=True):
-        run.task, (run.tuning, run.prior) = task, arm.split("\n")
+        run.task, (run.tuning, run.prior) = task, arm.split("\n", 1)
     seen: dict[tuple[str, ...], Run] = {}
     for run in runs:
         key = (run.task, run.tuning, run.prior, str(run.seed))
@@ -215,16 +215,16 @@ def place(runs: Sequence[Run], num_permutations: int = 9999, seed: int = 0) -> d
         None with fewer than two seeds.
 
     Raises:
-        ValueError: There are fewer than two priors.
+        ValueError: No two runs differ in their prior alone.
     """
     priors = {run.prior for run in runs}
-    if len(priors) < 2:
-        raise ValueError(f"runs must be of at least 2 priors, got {', '.join(priors)}")
     others = {
         run.name: [other for other in runs if (other.task, other.seed) == (run.task, run.seed) and other is not run]
         for run in runs
     }
     compared = [run for run in runs if others[run.name]]
+    if not compared:
+        raise ValueError(f"runs must be of at least 2 priors with one task and seed, got {', '.join(sorted(priors))}")
     moved = [distance(run.prompt, run.start) for run in compared]
     away = [[distance(run.prompt, other.start) for other in others[run.name]] for run in compared]
 

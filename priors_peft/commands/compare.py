@@ -98,14 +98,13 @@ def main(arguments: list[str]) -> None:
     if model_arguments.model is None:
         model_arguments.model, model_arguments.model_revision = base_model_of(sources)
     base, tokenizer = base_model_from(model_arguments, best_device())
-    rows = load_rows(runs, sources, args, base, tokenizer)
+    tokens = load_rows(runs, sources, args, base, tokenizer)
 
     # ---- Figures ------------------------------------------------------------------------
     for source in sources:
         source.saved.check_fits(base)
     shown = representatives(runs, args.baseline)
     model = model_with(base, [next(source for source in sources if source.name == run.name) for run in shown])
-    tokens = {name: tokenize(of_task, tokenizer, room_for_text(base, 0)) for name, of_task in rows.items()}
     none = {
         task: no_prompt_nll(model, tokens[task], args.batch_size) for task in dict.fromkeys(run.task for run in runs)
     }
@@ -130,7 +129,7 @@ def main(arguments: list[str]) -> None:
         "place": {
             tuning: place(group, args.num_permutations, args.seed)
             for (tuning,), group in grouped(runs, "tuning").items()
-            if len({run.prior for run in group}) > 1
+            if len(group) > len(grouped(group, "task", "seed"))
         },
         "regions": regions(runs, radius, edge, none),
         "clusters": clusters(states, args.seed),
@@ -174,6 +173,9 @@ def read_run(source: Source) -> Run:
     state = folder / "trainer_state.json"
     history = read_json(state)["log_history"] if state.is_file() else []
     described = config.to_dict()
+    # A text prior without a text of its own is about the task, whichever that is.
+    if described["prior_kwargs"].get("text", "") == task.get("description"):
+        described["prior_kwargs"] = {key: value for key, value in described["prior_kwargs"].items() if key != "text"}
     settings = {name: described[name] for name in CONFIG if described.get(name) not in (None, {})}
     settings |= {name: value for name, value in facts.settings.items() if name not in APART and value is not None}
     data = {name: task.get(name) for name in ("task", "task_kwargs", "split_seed", "num_eval")}
@@ -204,7 +206,7 @@ def described(run: Run) -> dict[str, Any]:
 def load_rows(
     runs: Sequence[Run], sources: Sequence[Source], args: ComparisonArguments, base: Any, tokenizer: Any
 ) -> dict[str, Any]:
-    """Evaluation rows by the name of the runs' tasks, those that the runs were evaluated on, and of further tasks."""
+    """Tokens by the name of the runs' tasks, cut as those that the runs were evaluated on, and of further tasks."""
     given: dict[str, Any] = dict(args.tasks or {})  # type: ignore[arg-type]
     room = room_for_text(base, max(source.prompt.shape[1] for source in sources))
     rows: dict[str, Any] = {}
@@ -213,10 +215,11 @@ def load_rows(
             continue
         data = run.data
         settings = (data["task_kwargs"] or {}) | given.get(data["task"], {})
+        length = data["max_length"] or room
         task = load_task(
             data["task"],
             **{"num_eval": data["num_eval"], "seed": data["split_seed"], "tokenizer": tokenizer}
-            | {"max_length": data["max_length"] or room}
+            | {"max_length": length}
             | settings,
         )
         if task.eval is None or len(task.eval) != data["num_eval"]:
@@ -225,12 +228,12 @@ def load_rows(
                 f"{0 if task.eval is None else len(task.eval)} of {run.task!r}: pass its data, --tasks "
                 f'\'{{"{data["task"]}": {{"data_dir": ...}}}}\''
             )
-        rows[run.task] = task.eval
+        rows[run.task] = tokenize(task.eval, tokenizer, length)
     length = min((run.data["max_length"] or room or 0 for run in runs), default=0) or None
     for name, settings in given.items():
         if name not in {run.data["task"] for run in runs}:
             more = {"num_eval": args.num_rows, "tokenizer": tokenizer, "max_length": length} | settings
-            rows[name] = load_task(name, **more).eval
+            rows[name] = tokenize(load_task(name, **more).eval, tokenizer, length)
     return rows
 
 

@@ -62,6 +62,11 @@ def test_names_say_what_differs_and_no_more():
     assert [one.task for one in runs] == ["math"] * 5 + ["squad"]
 
 
+def test_a_setting_of_several_lines_is_a_name():
+    first, _ = named(run(prior_kwargs={"text": "a\nb"}), run(prior_kwargs={"text": "c"}))
+    assert (first.tuning, first.prior) == ("soft", "gaussian text=a\nb")
+
+
 def test_other_rows_of_one_task_are_another_task():
     other = run(seed=1)
     other.data = {"task": "math", "num_eval": 9}
@@ -173,6 +178,8 @@ def test_one_seed_has_no_spread_within_a_prior():
     assert place(grid(moved=0.1, apart=1.0, seeds=1), 9)["mmd"] is None
     with pytest.raises(ValueError, match="at least 2 priors"):
         place(named(run(), run(seed=1)), 9)
+    with pytest.raises(ValueError, match="with one task and seed, got gaussian, structured"):
+        place(named(run("math"), run("squad", "structured")), 9)
 
 
 def test_distance_is_the_root_mean_square():
