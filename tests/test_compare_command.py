@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import SUPERGLUE_KWARGS, addition_rows, save_base, write_superglue
+from datasets import Dataset
 
 from priors_peft import load_base_model
 from priors_peft.analysis.sources import read_sources
 from priors_peft.cli import main
-from priors_peft.commands.compare import ComparisonArguments, load_rows, read_run
+from priors_peft.commands.compare import ComparisonArguments, activations, load_rows, read_run
 
 
 pytestmark = pytest.mark.slow
@@ -150,6 +151,13 @@ def test_no_prompt_is_measured_on_rows_that_are_cut_as_the_runs_were(study):
         tokens = load_rows([run], [source], args, base, tokenizer)
         lengths.append(max(map(len, tokens["completions"]["input_ids"])))
     assert lengths[0] > 5 == lengths[1]
+
+
+def test_plain_text_has_no_activations_to_compare():
+    rows = {"input_ids": [[1, 5, 6]] * 6, "attention_mask": [[1] * 3] * 6}
+    labels = {"text": [[-100, 5, 6]] * 6, "questions": [[-100, -100, 6]] * 6}
+    tokens = {name: Dataset.from_dict(rows | {"labels": of_task}) for name, of_task in labels.items()}
+    assert activations(None, tokens, [], ComparisonArguments()) == {}
 
 
 def test_other_rows_than_the_runs_own_are_refused(study, tmp_path, capsys):

@@ -254,12 +254,14 @@ def activations(
     Padding, virtual tokens and each row's first token, an attention sink, don't count. Conditions are no prompt, and one prompt before the rows of all tasks. Empty
     for one task, or fewer rows than the probe's folds.
     """
-    if len(tokens) < 2 or min(map(len, tokens.values())) < FOLDS:
-        return {}
     columns = ("input_ids", "attention_mask", "labels")
     before = {
         name: prompts_of(*(list(rows[column])[: args.num_rows] for column in columns)) for name, rows in tokens.items()
     }
+    count = min(map(len, before.values()))
+    # Plain text has one token before it, which doesn't count.
+    if len(before) < 2 or min(sum(len(row) > 1 for row in rows[:count]) for rows in before.values()) < FOLDS:
+        return {}
     matched = match_lengths(before, minimum=2)
     cut = [row for rows in matched.values() for row in rows]
     sizes = [len(rows) for rows in matched.values()]
