@@ -155,6 +155,7 @@ def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
         (["--tuning", "Sof"], "tuning must be one of soft, deep, got 'Sof'. Did you mean 'soft'?"),
         (["--reference", "vocab"], "got 'vocab'. Did you mean 'vocabulary'?"),
         (["--reference_kwargs", '{"dat": 1}'], "must be one of data, got 'dat'. Did you mean 'data'?"),
+        (["--reference_kwargs", '{"tasks": ["math", "squad"]}'], "must name 1 in tasks for prior='structured'"),
         (["--task_kwargs", '{"promt_column": "p"}'], "got promt_column='p'. Did you mean 'prompt_column'"),
         (["recipe.yaml"], "a recipe must stand before the flags, got 'recipe.yaml' after them"),
         (["--learning_rate", "high"], "argument --learning_rate/--learning-rate: invalid float value: 'high'"),

@@ -201,8 +201,13 @@ def reference_data(arguments: PromptArguments, task: Task) -> dict[str, Any]:
     tasks = settings.pop("tasks", None)
     if tasks is not None:
         of_task = tasks if isinstance(tasks, dict) else dict.fromkeys(tasks, {})
+        wanted = 2 if arguments.prior == "interpolation" else 1
+        if len(of_task) != wanted:
+            raise ValueError(
+                f"reference_kwargs must name {wanted} in tasks for prior={arguments.prior!r}, got {list(of_task)}"
+            )
         rows = [load_task(name, **own).train for name, own in of_task.items()]
-        settings["data"] = rows if arguments.prior == "interpolation" else rows[0]
+        settings["data"] = rows if wanted == 2 else rows[0]
     elif arguments.reference == "activations" and arguments.prior != "interpolation":
         settings.setdefault("data", task.train)
     return settings
