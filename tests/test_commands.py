@@ -269,7 +269,7 @@ def test_an_adapter_on_the_hub_is_analysed_by_its_id(adapter, base, hub, tmp_pat
     assert "user/adapter" in (tmp_path / "hub" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "plotly", "jinja2"])
+@pytest.mark.parametrize("package", ["py3langid", "matplotlib", "plotly", "jinja2"])
 def test_a_package_that_is_not_there_is_named_before_anything_is_computed(package, tmp_path, capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))

@@ -20,6 +20,7 @@ _MODULES = {
     "sources": "read_sources",
     "tokens": "best_scores nearest_tokens token_changes token_signal",
     "words": "count_words over_represented script script_shares show_token",
+    "languages": "language_probabilities language_signal word_reader",
     "geometry": "effective_rank geometry_series mahalanobis_radius mean_pairwise_cosine token_drift token_geometry",
     "discrepancy": "mmd_test squared_mmd",
     "projection": "pca tsne umap",

@@ -91,6 +91,34 @@ def scripts(adapter: Part) -> str | None:
     return shares and "nearest words are " + ", ".join(f"{percent(share)} {name}" for name, share in shares.items())
 
 
+def languages(adapter: Part) -> str | None:
+    """The likeliest language of the nearest words, beside random prompts and the start."""
+    found = (adapter.get("tokens") or {}).get("languages")
+    if not found:
+        return None
+    if not found["likeliest"]:
+        return f"the language of the nearest words can't be told ({found['reason']})"
+    said = ", ".join(f"{one['code']} {percent(one['probability'])}" for one in found["likeliest"])
+    verdict = (
+        "more surely than random prompts explain"
+        if found["signal"]
+        else "as at the start"
+        if found["inherited"]
+        else "which random prompts explain"
+    )
+    return (
+        f"{found['num_words']} nearest words together are told as {said}: {verdict} (p = "
+        f"{number(found['p_value'], 2)}; {percent(found['same_share'])} of random prompts are told as "
+        f"{found['likeliest'][0]['code']} too)"
+    )
+
+
+def language_found(adapter: Part) -> str | None:
+    """The sentence of `languages` where it is a finding."""
+    found = (adapter.get("tokens") or {}).get("languages") or {}
+    return languages(adapter) if found.get("signal") else None
+
+
 def last_measure(adapter: Part, name: str, layer: int = 0) -> dict[str, Any] | None:
     """A geometry measure at the end of training, of the first or another of the adapter's layers.
 

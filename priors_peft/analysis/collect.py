@@ -2,11 +2,12 @@
 
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..hub.adapter import read_task
@@ -14,6 +15,7 @@ from ..names import check_choice
 from ..priors import prior_family
 from .common import check_at_least, check_installed, plain
 from .geometry import geometry_series, token_geometry
+from .languages import language_signal, word_reader
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
 from .projected import project
 from .runs import stability, word_odds
@@ -23,7 +25,7 @@ from .words import script, script_shares, show_token, token_text
 
 
 FORMAT_VERSION = 1
-PACKAGES = ("priors_peft", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("priors_peft", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "py3langid")
 
 
 def analyze(
@@ -76,12 +78,13 @@ def analyze(
 
     Raises:
         FileNotFoundError: An adapter is none.
-        ImportError: `umap-learn` is not installed and asked for.
+        ImportError: `py3langid` is not installed, or `umap-learn` where it is asked for.
         ValueError: An argument is not valid, a task has no rows, or adapters don't fit the model or one another.
     """
     check_choice("metric", metric, METRICS)
     check_at_least("k", k, 1)
     check_at_least("num_draws", num_draws, 19, "fewer can't show signal at 5 %")
+    check_installed("analyze", ["py3langid"])
     if umap:
         check_installed("UMAP", ["umap"], "umap-learn")
     sources = read_sources(adapters)
@@ -94,11 +97,11 @@ def analyze(
     with tqdm(total=len(sources) + 3, desc="Analysing", disable=not progress, leave=False) as bar:
         spaces = spaces_of(model, tokenizer, sources, seed)
         nulls: dict[tuple[str, int, int], Null] = {}
-        members, entries = [], []
+        members, entries, word_of = [], [], word_reader(tokenizer)
         for source in sources:
             bar.set_postfix_str(source.name)
             member = _member(source, nulls, spaces, model, tokenizer, k, metric, num_draws, seed)
-            tokens = _tokens(member, spaces[0], tokenizer, level)
+            tokens = _tokens(member, spaces[0], tokenizer, word_of, level)
             entries.append(_entry(member, tokens, _geometry(member, spaces, seed)))
             members.append(member)
             bar.update()
@@ -200,7 +203,9 @@ def _entry(member: Member, tokens: dict[str, Any], geometry: dict[str, Any]) -> 
     }
 
 
-def _tokens(member: Member, space: Space, tokenizer: Any, level: float) -> dict[str, Any]:
+def _tokens(
+    member: Member, space: Space, tokenizer: Any, word_of: Callable[[int], str | None], level: float
+) -> dict[str, Any]:
     near, source = member.near, member.source
     start = changes = None
     if source.initial is not None:
@@ -213,10 +218,19 @@ def _tokens(member: Member, space: Space, tokenizer: Any, level: float) -> dict[
         pairs = zip(found.ids[index].tolist(), found.scores[index].tolist(), strict=True)
         return [{"id": token, "text": show_token(tokenizer, token), "score": score} for token, score in pairs]
 
+    def words(ids: Tensor) -> list[str]:
+        return [word for word in map(word_of, ids.tolist()) if word]
+
     def texts(ids: list[list[int]], index: int) -> list[str]:
         return [show_token(tokenizer, token) for token in ids[index]]
 
     found = signal.to_dict()
+    languages = language_signal(
+        words(near.ids[:, 0]),
+        list(map(words, member.nulls[0].nearest)),
+        words(start.ids[:, 0]) if start else None,
+        level,
+    )
     virtual_tokens = [
         {
             "index": index,
@@ -240,6 +254,7 @@ def _tokens(member: Member, space: Space, tokenizer: Any, level: float) -> dict[
         "metric": near.metric,
         "k": near.ids.shape[1],
         "scripts": script_shares(token_text(tokenizer, int(token)) for token in near.ids[:, 0]),
+        "languages": languages,
         "virtual_tokens": virtual_tokens,
         "num_signal": int(signal.signal.sum()),
         "prior_band": found["prior_band"],

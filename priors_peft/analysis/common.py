@@ -14,8 +14,8 @@ from torch import Tensor
 # Bounds of every band that shows what the prior itself expects, in percent.
 BAND = (5.0, 95.0)
 
-# What pictures and the report are made with, beside the package's own requirements.
-DRAWN_WITH = ("matplotlib", "plotly", "jinja2")
+# What languages are told with, and pictures and the report are made with.
+MADE_WITH = ("py3langid", "matplotlib", "plotly", "jinja2")
 
 Ids = Tensor | Sequence[int]
 

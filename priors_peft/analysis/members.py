@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..priors import Prior
 from ..priors.reference import vocabulary_ids, vocabulary_reference
 from .sources import Source
-from .tokens import NearestTokens, best_scores
+from .tokens import NearestTokens, best_tokens
 
 
 # Virtual tokens looked up at once, so that a bar can move.
@@ -40,11 +40,13 @@ class Null:
         draws: Shape `[n, P, d]`.
         scores: Of each virtual token's nearest reference row in the analysis' metric, shape `[n, P]`.
         cosines: The same in cosine.
+        nearest: Ids of the rows that `scores` are of, shape `[n, P]`.
     """
 
     draws: Tensor
     scores: Tensor
     cosines: Tensor
+    nearest: Tensor
 
 
 @dataclass
@@ -113,12 +115,14 @@ def random_prompts(
     draws = draw(prior, num_draws, num_virtual_tokens, "null", layer, seed)
     parts = draws.split(max(1, _QUERIES // num_virtual_tokens))
 
-    def scores(metric: str) -> Tensor:
+    def best(metric: str) -> tuple[Tensor, Tensor]:
         bar = tqdm(parts, "Nearest tokens of draws", delay=2, leave=False)
-        return torch.cat([best_scores(part, space.vectors, metric, space.excluded) for part in bar])
+        found = [best_tokens(part, space.vectors, metric, space.excluded) for part in bar]
+        return torch.cat([scores for scores, _ in found]), torch.cat([ids for _, ids in found])
 
-    cosines = scores("cosine")
-    return Null(draws, cosines if metric == "cosine" or layer else scores(metric), cosines)
+    cosines = best("cosine")
+    scores, nearest = cosines if metric == "cosine" or layer else best(metric)
+    return Null(draws, scores, cosines[0], nearest)
 
 
 def prior_digest(prior: Prior) -> str:

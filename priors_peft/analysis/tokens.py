@@ -110,10 +110,21 @@ def best_scores(
     Returns:
         Shape `[..., P]`, float64; higher is nearer.
     """
+    return best_tokens(prompts, vocabulary, metric, excluded, chunk_size)[0]
+
+
+def best_tokens(
+    prompts: Tensor,
+    vocabulary: Tensor,
+    metric: str = "cosine",
+    excluded: Ids | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`best_scores`, and the ids of those rows, int64 of the same shape; rows tied in float32 go to the smaller id."""
     prompts = check_points("prompts", prompts, "[..., P, d]")
     _, chunks = _prepared(prompts, vocabulary, metric, excluded, chunk_size, "prompts")
     flat = prompts.reshape(-1, prompts.shape[-1])
-    best = []
+    best, ids_of_best = [], []
     for queries in flat.split(_QUERIES):
         highest, nearest = torch.full((len(queries),), -torch.inf), torch.zeros(len(queries), dtype=torch.long)
         # In float32, at half the price; the score of what is found is then computed in float64.
@@ -123,7 +134,9 @@ def best_scores(
             highest = torch.maximum(highest, found)
         rows = vocabulary[nearest.to(vocabulary.device)][:, None]
         best.append(_pairwise(queries, rows, metric)[:, 0].cpu())
-    return torch.cat(best).reshape(prompts.shape[:-1])
+        ids_of_best.append(nearest)
+    shape = prompts.shape[:-1]
+    return torch.cat(best).reshape(shape), torch.cat(ids_of_best).reshape(shape)
 
 
 def _prepared(

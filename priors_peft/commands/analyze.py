@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis import claims
 from ..analysis.collect import FORMAT_VERSION, analyze, public_name
-from ..analysis.common import DRAWN_WITH, check_installed
+from ..analysis.common import MADE_WITH, check_installed
 from ..analysis.on_tasks import spread
 from ..analysis.sources import base_model_of, read_sources
 from ..analysis.tokens import METRICS
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
     )
     if not args.out:
         raise ValueError("out must be given: the folder for analysis.json, pictures and report.html")
-    check_installed("priors-peft analyze", DRAWN_WITH)
+    check_installed("priors-peft analyze", MADE_WITH)
     sources = read_sources(adapters)
     command = _command([source.name for source in sources], model_arguments, task_arguments, args)
     check_writable(args.out, _ROOM, "out", "analysed")
@@ -207,7 +207,7 @@ def summary(analysis: dict[str, Any]) -> str:
             "",
             f"{adapter['name']}: {adapter['tuning']}, {shape}, prior {adapter['prior']} on {analysis['base_model']}",
         ]
-        said = [claims.signal(adapter, analysis["level"]), claims.stayed(adapter)]
+        said = [claims.signal(adapter, analysis["level"]), claims.stayed(adapter), claims.language_found(adapter)]
         said += [claims.collapse(adapter), claims.drift(adapter), claims.faithfulness(adapter)]
         if adapter["description"] is not None:
             said.append(

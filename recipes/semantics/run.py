@@ -15,7 +15,7 @@ import torch
 from questions import moves_of, questions
 
 from priors_peft.analysis.collect import analyze
-from priors_peft.analysis.common import DRAWN_WITH, check_installed
+from priors_peft.analysis.common import MADE_WITH, check_installed
 from priors_peft.analysis.pictures import save_pictures
 from priors_peft.analysis.report import save_report
 from priors_peft.analysis.sources import read_sources
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
         arguments = [str(RECIPE), *arguments]
     dataclasses = (StudyArguments, ModelArguments, TaskArguments, PromptArguments, TrainingArguments)
     study, model, task, prompt, training = parse(dataclasses, arguments, "python recipes/semantics/run.py")
-    check_installed("the study", DRAWN_WITH)
+    check_installed("the study", MADE_WITH)
     out, of_task = Path(training.output_dir), by_task(task.task_kwargs, study.tasks)
     check_settings(out / SETTINGS, settings_of(model, task, prompt, training))
 

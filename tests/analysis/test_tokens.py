@@ -12,6 +12,7 @@ from priors_peft.analysis.tokens import (
     METRICS,
     NearestTokens,
     best_scores,
+    best_tokens,
     nearest_tokens,
     token_changes,
     token_signal,
@@ -42,6 +43,7 @@ def test_nearest_tokens_are_those_of_every_pair_compared(metric):
     torch.testing.assert_close(found.scores, best.values)
     assert torch.equal(found.ids, best.indices)
     torch.testing.assert_close(best_scores(prompt, vocabulary, metric), best.values[:, 0])
+    torch.testing.assert_close(best_tokens(prompt, vocabulary, metric)[1], best.indices[:, 0])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
