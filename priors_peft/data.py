@@ -39,6 +39,7 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
         return dataset
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    cut: list[int] = []
 
     def encode(rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
         prompts = tokenizer(rows["prompt"])["input_ids"]
@@ -51,7 +52,8 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
                 )
             prompt = prompt or start
             completion = completion + [token for token in end if completion[-1] != token]
-            if max_length is not None:
+            if max_length is not None and len(prompt) + len(completion) > max_length:
+                cut.append(index)
                 # Plain text that is cut starts as plain text that is not.
                 completion = completion[: max_length if text else max(1, max_length - len(prompt))]
                 prompt = prompt[max(0, len(prompt) + len(completion) - max_length) :]
@@ -63,10 +65,12 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
     progress = {} if isinstance(dataset, IterableDataset) else {"desc": "Tokenizing"}
     tokenized = dataset.map(encode, batched=True, with_indices=True, remove_columns=columns, **progress)
     if isinstance(tokenized, Dataset):
-        full = sum(len(row) == max_length for row in tokenized["input_ids"])
-        if full:
+        if cut:
             logger.warning(
-                "%d of %d rows fill max_length=%d; a longer prompt loses its start", full, len(tokenized), max_length
+                "%d of %d rows are longer than max_length=%d: a prompt loses its start, plain text and a long completion their end",
+                len(cut),
+                len(tokenized),
+                max_length,
             )
     return tokenized
 

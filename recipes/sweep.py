@@ -86,9 +86,14 @@ def main(arguments: list[str]) -> None:
     load = functools.cache(_load) if PartialState().num_processes == 1 else lambda *key: None
 
     # ---- Training -----------------------------------------------------------------------
+    places: dict[str, Any] = {}
     left = [run for run in runs if run.name not in done]
     if is_main:
         print(f"{len(runs)} runs in {out / 'runs'}, {len(runs) - len(left)} of them done", flush=True)
+    for run in runs:
+        task = run.parsed()[1]
+        if task.task and task.data_dir:
+            places[task.task] = {"data_dir": task.data_dir}
     for number, run in enumerate(left):
         if is_main:
             seconds = [expected(other, list(done.values())) for other in left[number:]]
@@ -112,9 +117,9 @@ def main(arguments: list[str]) -> None:
             with atomic_path(out / RESULTS) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in done.values()), encoding="utf-8")
     if is_main:
-        print(
-            f"\n{len(runs)} runs done: {out / RESULTS}\npriors-peft compare {out / 'runs'}/* --out {out / 'compare'}"
-        )
+        flag = f" --tasks '{json.dumps(places)}'" if places else ""
+        print(f"\n{len(runs)} runs done: {out / RESULTS}")
+        print(f"priors-peft compare {out / 'runs'}/* --out {out / 'compare'}{flag}")
     end_together()
 
 

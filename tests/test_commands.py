@@ -149,7 +149,7 @@ def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
         (["--max_step", "2"], "'--max_step' is no flag. Did you mean 'max_steps'?"),
         (
             ["--prior", "structure"],
-            "prior must be a Prior object or one of empirical, exclusion, gaussian, interpolation, structured, text, "
+            "prior must be one of empirical, exclusion, gaussian, interpolation, structured, text, "
             "got 'structure'. Did you mean 'structured'?",
         ),
         (["--tuning", "Sof"], "tuning must be one of soft, deep, got 'Sof'. Did you mean 'soft'?"),

@@ -279,9 +279,9 @@ def test_rows_that_fill_the_context_are_cut_and_answered(tmp_path, caplog):
     metrics = answer_metrics(tokenizer, lambda answers, truth: {"exact_match": exact_match(answers, truth)})
     model = get_prior_model(make_model("gpt2"), PriorConfig(num_virtual_tokens=4), tokenizer=tokenizer)
     trainer = make_trainer(tmp_path, model=model, compute_metrics=metrics)
-    assert "1 of 1 rows fill max_length=124" not in caplog.text
+    assert "longer than max_length" not in caplog.text
     trainer.evaluate(long)
-    assert "1 of 1 rows fill max_length=124" in caplog.text
+    assert "1 of 1 rows are longer than max_length=124" in caplog.text
     answer(model, tokenizer, long, max_new_tokens=5)
     ids = torch.ones(1, 125, dtype=torch.long)
     for call in (model, model.generate):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..names import did_you_mean
+from ..names import check_choice, did_you_mean
 from ..tasks.base import full_name
 
 
@@ -75,6 +75,11 @@ class PromptArguments:
     prior_weight: str = field(default="1", metadata={"help": "1 MAP, 0 prior for initialization only; or auto"})
 
     def __post_init__(self) -> None:
+        from ..priors import prior_names
+
+        # Before a model and data are loaded for nothing.
+        check_choice("prior", self.prior, prior_names())
+        check_choice("tuning", self.tuning, ("soft", "deep"))
         self.prior_kwargs = parse_object("prior_kwargs", self.prior_kwargs)
         self.reference_kwargs = parse_object("reference_kwargs", self.reference_kwargs)
         if self.prior_weight != "auto":

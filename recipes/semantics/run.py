@@ -26,8 +26,10 @@ from priors_peft.commands.transfer import TransferArguments, findings, matrix_ta
 from priors_peft.evaluation import best_device
 from priors_peft.files import sha256, write_json
 from priors_peft.hub.adapter import ADAPTER_WEIGHTS, PRIOR_CONFIG
+from priors_peft.names import check_choice
 from priors_peft.tasks import load_task
 from priors_peft.tasks.base import full_name
+from priors_peft.tasks.superglue import SUBTASKS
 
 
 RECIPE = Path(__file__).with_name("soft_text.yaml")
@@ -64,11 +66,10 @@ class StudyArguments:
     eval_batch_size: int = field(default=16, metadata={"help": "Rows a batch when prompts are measured"})
 
     def __post_init__(self) -> None:
+        # Other tasks hold rows out of their training rows, other ones for each number of them.
+        for task in self.tasks:
+            check_choice("tasks", task.removeprefix("superglue:").lower(), SUBTASKS)
         self.tasks = [full_name(task) for task in self.tasks]
-        other = [task for task in self.tasks if not task.startswith("superglue:")]
-        if other:
-            # Others hold rows out of their training rows, other ones for each number of them.
-            raise ValueError(f"tasks must be SuperGLUE's, which have evaluation rows of their own, got {other[0]!r}")
         for name in ("seeds", "num_transfer", "num_analysis"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
