@@ -13,6 +13,7 @@ import pytest
 from conftest import save_base
 
 from priors_peft import load_base_model
+from priors_peft.cli import main as cli
 from priors_peft.evaluation import answer
 from priors_peft.tasks import load_task
 
@@ -40,7 +41,7 @@ def printed(notebook):
     return "".join(out.text for cell in code_cells(notebook) for out in cell.outputs if out.get("name") == "stdout")
 
 
-def test_the_notebook_is_the_recipe(notebook):
+def test_the_notebook_is_the_recipe_and_was_run(notebook):
     source = (RECIPE / "run.py").read_text(encoding="utf-8")
     (main,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
     lines = textwrap.dedent("\n".join(source.splitlines()[main.lineno : main.end_lineno])).splitlines()
@@ -48,6 +49,9 @@ def test_the_notebook_is_the_recipe(notebook):
     assert flags.startswith("arguments = ") and imports.startswith("from run import ")
     kept = [line for line in lines if line and not line.startswith("# ----")]
     assert [line for cell in cells for line in cell.splitlines() if line] == kept
+    readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    table = [line for line in printed(notebook).splitlines() if line.startswith("|")]
+    assert len(table) == 5 and "\n".join(table) in readme
     assert "/tmp" not in str(notebook) and "/home" not in str(notebook)
 
 
@@ -64,9 +68,20 @@ def test_the_notebook_runs_and_the_recipe_after_it_finds_all_done(run, notebook,
         data = str(tmp_path)
     arguments = ["--model", model, "--data_dir", data, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     arguments += ["--max_steps", "3", "--max_length", "24", "--disable_tqdm", "true"]
+    # As the README says: what `priors-peft train` trained is found.
+    first = [
+        "--num_virtual_tokens",
+        "5",
+        "--num_train_epochs",
+        "5",
+        "--output_dir",
+        str(tmp_path / "out" / "5_tokens_5_epochs"),
+    ]
+    assert cli(["train", str(RECIPE / "soft_structured.yaml"), *arguments, *first]) == 0
     code_cells(notebook)[0].source = f"arguments = {arguments!r}"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(RECIPE)}}).execute()
     table = [line for line in printed(notebook).splitlines() if line.startswith("|")]
+    assert "Training 5_tokens" not in printed(notebook) and "Training 20_tokens" in printed(notebook)
 
     monkeypatch.setattr(run, "train", lambda *given: pytest.fail("it was done"))
     capsys.readouterr()
