@@ -162,7 +162,7 @@ def tasks(
     conditions = list(states)[:_MOST_ROWS]
     layers = list(states[conditions[0]])
     names = list(states[conditions[0]][layers[0]])
-    figure = new_figure(_tasks_title(found), 0.4 + 2.5 * len(conditions))
+    figure = new_figure(_tasks_title(found), 0.4 + 2.6 * len(conditions))
     axes = figure.subplots(len(conditions), len(layers), squeeze=False)
     looks = {
         name: {
@@ -180,10 +180,10 @@ def tasks(
             for name in names:
                 axis.plot(placed[name][:, 0], placed[name][:, 1], linestyle="none", **looks[name])
             scores = [one for one in found if (one["condition"], one["layer"]) == (condition, layer)]
-            low = min(scores, key=lambda one: one["probe_accuracy"])
+            probes, silhouettes = (sorted(one[name] for one in scores) for name in ("probe_accuracy", "silhouette"))
             axis.set_title(
-                f"layer {layer}: probe {claims.percent(low['probe_accuracy'])}, "
-                f"silhouette {claims.decimals(low['silhouette'])}",
+                f"layer {layer}: probe {_span(list(map(claims.percent, probes)))},\n"
+                f"silhouette {_span(list(map(claims.decimals, silhouettes)))}",
                 loc="left",
                 fontsize=8,
             )
