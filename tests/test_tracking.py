@@ -141,7 +141,7 @@ def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, (tables, pictures, step) = train(tmp_path, monkeypatch)
     assert list(tables) == [TABLE] and len(tables[TABLE]) == 4 and pictures == {} and step == 1
-    assert "Trackers got no pictures of the prompt: pictures need matplotlib" in caplog.text
+    assert "Trackers got no pictures of the prompt: a picture needs matplotlib" in caplog.text
 
 
 def test_a_prompt_that_cannot_be_looked_at_is_trained_all_the_same(tmp_path, monkeypatch, caplog):

@@ -136,7 +136,9 @@ class OnTasks:
         found = []
         for index in (None, *sorted(prompts.values())):
             model = self._active(index or 0)
-            states = task_activations(model, cut, chosen, index is not None, batch_size=self._batch_size)
+            # The first token's state is an attention sink's, the same in all rows, where no prompt comes before it.
+            skip = int(min(map(len, cut)) > 1)
+            states = task_activations(model, cut, chosen, index is not None, batch_size=self._batch_size, skip=skip)
             for layer, points in states.items():
                 name = None if index is None else self._members[index].source.name
                 found.append({"layer": layer % (depth + 1), "with_prompt": index is not None, "adapter": name})
