@@ -6,6 +6,7 @@ from typing import Any, Literal
 from peft import PeftType
 from peft.config import PromptLearningConfig
 
+from .inference.base import inference_from
 from .names import check_choice, unknown
 
 
@@ -31,7 +32,10 @@ class PriorConfig(PromptLearningConfig):
         prior_weight: Weight of log p(θ) in the objective: 1 is the exact MAP estimate, 0 uses the prior for
             initialization only, anything else is a tempered posterior. `"auto"`: `PriorTrainer` chooses it by
             held-out likelihood.
-        inference: How the posterior is found. `"map"`: its mode.
+        inference: How the posterior is found (`priors_peft.inference`): `"map"`, its mode; `"variational"`, the nearest
+            Gaussian; `"laplace"`, the Gaussian about the mode; `"sghmc"`, draws of a Markov chain; `"svgd"`, particles
+            that keep apart.
+        inference_kwargs: Settings of that algorithm.
         seed: Seed of the initial prompt, so that every process draws the same one.
 
     Raises:
@@ -57,7 +61,11 @@ class PriorConfig(PromptLearningConfig):
         default=1.0,
         metadata={"help": "Weight of log p(θ): 1 MAP, 0 initialization only, else a tempered posterior; or auto"},
     )
-    inference: Literal["map"] = field(default="map", metadata={"help": "How the posterior is found"})
+    inference: str = field(
+        default="map",
+        metadata={"help": "How the posterior is found: map, variational, laplace, sghmc or svgd"},
+    )
+    inference_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of that algorithm"})
     seed: int = field(default=0, metadata={"help": "Seed of the initial prompt"})
 
     def __post_init__(self) -> None:
@@ -67,13 +75,19 @@ class PriorConfig(PromptLearningConfig):
         for name, allowed in {
             "tuning": ("soft", "deep"),
             "coordinates": ("whitened", "plain"),
-            "inference": ("map",),
         }.items():
             check_choice(name, getattr(self, name), allowed)
         if self.prior_weight != "auto" and not (
             isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
         ):
             raise ValueError(f'prior_weight must be a number >= 0 or "auto", got {self.prior_weight!r}')
+        inference = inference_from(self.inference, self.inference_kwargs)
+        if inference.samples and self.prior_weight == 0:
+            raise ValueError(
+                f"prior_weight must be > 0 for inference={self.inference!r}, got 0: it is the posterior's temperature"
+            )
+        if inference.samples and self.coordinates != "whitened":
+            raise ValueError(f'coordinates must be "whitened" for inference={self.inference!r}, got "plain"')
         if isinstance(self.prior, str):
             from .priors import prior_class
 

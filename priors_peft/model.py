@@ -23,6 +23,7 @@ from .batch import Supervision, Text, extended_mask
 from .config import PriorConfig
 from .fitting import new_encoder
 from .head import logits_of, supervised_nll
+from .inference.base import inference_from
 from .packing import Unpackable, supports_packing
 from .passes import (
     Prompt,
@@ -61,7 +62,8 @@ class PriorCausalLMOutput(CausalLMOutputWithPast):
         logits: Aligned with `input_ids`, shape `[B, L, V]`; None in training, where they are never built.
         row_nll: Summed negative log likelihood of each row's supervised tokens, in nats, shape `[B]`.
         row_tokens: Number of supervised tokens of each row, shape `[B]`.
-        log_prior: log p(θ) of the prompt, in nats; in training, where `prior_weight` is not 0.
+        log_prior: log p(θ) of the prompt, in nats, or −KL(q ‖ p) where a posterior is trained; in training, where
+            `prior_weight` is not 0.
     """
 
     row_nll: Tensor | None = None
@@ -132,6 +134,9 @@ class PriorPeftModel(PeftModelForCausalLM):
             encoder, provenance = new_encoder(self.base_model, peft_config, layers, self.tokenizer)
         else:
             encoder, provenance = saved.encoder(), saved.provenance
+        if encoder.posterior is None:
+            inference = inference_from(peft_config.inference, peft_config.inference_kwargs)
+            encoder.posterior = inference.start(encoder)
         if not hasattr(self, "prompt_encoder"):
             self.prompt_encoder = nn.ModuleDict()
             self.base_model.requires_grad_(False)
@@ -264,18 +269,11 @@ class PriorPeftModel(PeftModelForCausalLM):
             result.row_tokens = torch.bincount(supervision.rows, minlength=text.batch_size)
             count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
             result.loss = nll.sum() / count
-            log_prior = self._log_prior(prompts) if self.training else None
-            result.log_prior = log_prior if log_prior is None or adapter_names is not None else log_prior.sum()
+            log_prior = [prompt.log_prior for prompt in prompts.values()]
+            if any(part is not None for part in log_prior):
+                terms = torch.stack([nll.new_zeros(()) if part is None else part for part in log_prior])
+                result.log_prior = terms.sum() if adapter_names is None else terms
         return result if return_dict is not False else result.to_tuple()
-
-    def _log_prior(self, prompts: dict[str, Prompt]) -> Tensor | None:
-        """log p(θ) of each prompt in nats, 0 where it has no weight; None if none has."""
-        weights = [self.peft_config[name].prior_weight for name in prompts]
-        scores = [
-            self.prompt_encoder[name].log_prob(prompt.theta) if weight else prompt.theta.new_zeros(())
-            for weight, (name, prompt) in zip(weights, prompts.items(), strict=True)
-        ]
-        return torch.stack(scores) if any(weights) else None
 
     def _prompts(self, adapter_names: list[str] | None, batch_size: int) -> dict[str, Prompt]:
         """The prompts of a batch, in the order in which rows name them first."""
@@ -288,12 +286,19 @@ class PriorPeftModel(PeftModelForCausalLM):
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)
-        return {name: self.prompt(name, of) for name, of in rows.items()}
+        return {name: self.prompt(name, of, self.training) for name, of in rows.items()}
 
-    def prompt(self, name: str, rows: list[int] | None = None) -> Prompt:
-        """θ of an adapter as it is now, its layers, and the rows of a batch that it comes before."""
-        config = self.peft_config[name]
-        return Prompt(self.prompt_encoder[name](), config.selected_layers(config.num_layers), rows or [])
+    def prompt(self, name: str, rows: list[int] | None = None, drawn: bool = False) -> Prompt:
+        """θ of an adapter as it is now, its layers, and the rows of a batch that it comes before.
+
+        `drawn`: as a step of training takes it, a draw where a posterior is trained, with log p(θ) or −KL(q ‖ p).
+        """
+        config, encoder = self.peft_config[name], self.prompt_encoder[name]
+        layers = config.selected_layers(config.num_layers)
+        if not drawn:
+            return Prompt(encoder(), layers, rows or [])
+        theta, log_prior = encoder(drawn=True, weighted=bool(config.prior_weight))
+        return Prompt(theta, layers, rows or [], log_prior)
 
     def run_prompt(self, name: str) -> PromptState:
         """The key/value cache of a prompt, and its last hidden state."""
@@ -353,6 +358,13 @@ class PriorPeftModel(PeftModelForCausalLM):
                 self._unpackable = True
         states = self._padded_states(prompts, text, options, result)
         return states[supervision.rows, supervision.predictors + 1]
+
+    def predicting_states(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states `[N, d]` of the positions that predict supervised tokens, and these tokens' ids `[N]`."""
+        text, supervision = Text(input_ids, None, attention_mask, None), Supervision.of(labels, attention_mask)
+        prompts = {self.active_adapter: self.prompt(self.active_adapter, list(range(len(input_ids))))}
+        states = self._predicting_states(prompts, text, supervision, {}, PriorCausalLMOutput())
+        return states, supervision.targets
 
     @contextmanager
     def cached_prompt(self) -> Iterator[None]:

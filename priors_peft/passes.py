@@ -23,11 +23,13 @@ class Prompt:
         theta: Shape `[S, P, d]`.
         layers: The S layers whose inputs it replaces.
         rows: The rows of the batch that it comes before.
+        log_prior: In training what the objective adds to the likelihood, in nats.
     """
 
     theta: Tensor
     layers: list[int]
     rows: list[int]
+    log_prior: Tensor | None = None
 
     @property
     def length(self) -> int:

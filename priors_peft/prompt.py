@@ -7,6 +7,8 @@ import torch
 from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
+from .inference.posterior import Posterior
+from .inference.variational import divergence
 from .priors import Prior
 from .sharding import whole
 
@@ -18,6 +20,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         priors: One prior for each selected layer.
         coordinates: `"whitened"`: the parameter is z in θ = µ + A z; `"plain"`: it is θ.
         prompt: Initial prompt θ, shape `[S, P, d]`.
+        posterior: How z spreads about the coordinate, where it is not a point.
 
     Attributes:
         coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32.
@@ -28,22 +31,50 @@ class PriorPromptEncoder(BasePromptEncoder):
 
     priors: Any
     initial_prompt: Tensor
+    posterior: Any
 
-    def __init__(self, priors: Sequence[Prior], coordinates: str, prompt: Tensor) -> None:
+    def __init__(
+        self, priors: Sequence[Prior], coordinates: str, prompt: Tensor, posterior: Posterior | None = None
+    ) -> None:
         super().__init__()
         self.priors = nn.ModuleList(priors)
         self.coordinates = coordinates
         self.register_buffer("initial_prompt", prompt.detach().float().clone())
         self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
+        self.posterior = posterior
 
-    def forward(self) -> Tensor:
-        """θ of every selected layer, shape `[S, P, d]`; in float32 also under autocast, as it is saved."""
+    def forward(self, drawn: bool = False, weighted: bool = True) -> Any:
+        """θ of every selected layer, shape `[S, P, d]`; in float32 also under autocast, as it is saved.
+
+        Args:
+            drawn: For a step of training: with what its objective adds to the likelihood, in nats. These are θ and
+                log p(θ), or, where a posterior is trained, a draw from it and −KL(q ‖ p).
+            weighted: Whether that has any weight; None is returned for it else.
+        """
+        # Both in the module's own forward: sharded training has gathered its parameters here only.
+        if drawn:
+            prompt = self.samples(1)[0] if self.is_variational else self._prompt()
+            return prompt, self._log_prior(prompt) if weighted else None
+        return self._prompt()
+
+    def _prompt(self) -> Tensor:
         coordinate = whole(self.coordinate).float()
         if self.coordinates == "plain":
             # Not the parameter itself: sharded training frees that as soon as this module has run.
             return coordinate.clone()
+        return self._to_prompt(coordinate)
+
+    @property
+    def is_variational(self) -> bool:
+        """Whether a posterior is trained beside the coordinate."""
+        return self.posterior is not None and any(True for _ in self.posterior.parameters())
+
+    def samples(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of θ from the posterior, shape `[count, S, P, d]`; the prompt itself where it is a point."""
+        if self.posterior is None:
+            return self._prompt().expand(count, -1, -1, -1)
         with self._full_precision():
-            return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, coordinate, strict=True)])
+            return torch.stack([self._to_prompt(z) for z in self.posterior.sample(self.coordinate, count, generator)])
 
     @property
     def has_density(self) -> bool:
@@ -55,6 +86,12 @@ class PriorPromptEncoder(BasePromptEncoder):
         with self._full_precision():
             return torch.stack([prior.log_prob(theta) for prior, theta in zip(self.priors, prompt, strict=True)]).sum()
 
+    def _log_prior(self, prompt: Tensor) -> Tensor:
+        if not self.is_variational:
+            return self.log_prob(prompt)
+        with self._full_precision():
+            return -divergence(self, prompt)
+
     def drift(self, prompt: Tensor) -> Tensor:
         """Distance from the initial prompt in prior standard deviations, root mean square over coordinates."""
         pairs = zip(self.priors, prompt, self.initial_prompt, strict=True)
@@ -65,6 +102,10 @@ class PriorPromptEncoder(BasePromptEncoder):
     def set_prompt(self, prompt: Tensor) -> None:
         """Move the parameter to where θ equals `prompt` `[S, P, d]`, in place, so that optimizers keep it."""
         self.coordinate.copy_(self._from_prompt(prompt.to(self.coordinate)))
+
+    def _to_prompt(self, coordinate: Tensor) -> Tensor:
+        with self._full_precision():
+            return torch.stack([prior.to_prompt(z) for prior, z in zip(self.priors, coordinate, strict=True)])
 
     def _full_precision(self) -> torch.autocast:
         # In bfloat16 the gradient of log p is off by a quarter where the covariance is narrow.

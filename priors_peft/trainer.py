@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -24,6 +26,7 @@ from .callback import PriorCallback, suffix, weight_at
 from .data import IGNORED, count_supervised_tokens, padded_text, prompts_of, tokenize
 from .files import check_writable
 from .hub.trainer import HubTrainer
+from .inference.base import inference_from
 from .inference.map import choose_weight, weight_factor
 from .model import PriorPeftModel
 from .sharding import as_forward, share
@@ -134,7 +137,11 @@ class PriorTrainer(HubTrainer):
             check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
         self.adapter_names = list(adapter_names or [model.active_adapter])
         _check_adapters(model, self.adapter_names, learning_rates, args)
-        rates = {name: args.learning_rate or _learning_rate(model, name) for name in self.adapter_names}
+        config = model.peft_config[self.adapter_names[0]]
+        self.inference = inference_from(config.inference, config.inference_kwargs)
+        self.adapter_names = self.inference.prompts(model, self.adapter_names[0]) + self.adapter_names[1:]
+        usual = args.learning_rate or self.inference.learning_rate
+        rates = {name: usual or _learning_rate(model, name) for name in self.adapter_names}
         self.learning_rates = rates | (learning_rates or {})
         args.learning_rate = self.learning_rates[self.adapter_names[0]]
         for name in model.peft_config:
@@ -176,6 +183,7 @@ class PriorTrainer(HubTrainer):
         # First, so that what reports (TensorBoard and the like) sees the figures and is still open for pictures.
         callbacks = self.callback_handler.callbacks
         callbacks[:0] = [PriorCallback(), TrackingCallback(callbacks)]
+        self.add_callback(_Inferring(self))
         self._nll: Tensor | float = 0.0
         self._step_nll = torch.zeros(len(self.adapter_names))
         self._logged_step: int | None = None
@@ -204,7 +212,7 @@ class PriorTrainer(HubTrainer):
         Raises:
             FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
         """
-        config = self.model.active_peft_config
+        config = self.model.peft_config[self.adapter_names[0]]
         if config.prior_weight == "auto":
             config.prior_weight = choose_weight(self)
         self._nll, self._logged_step = 0.0, None
@@ -215,7 +223,9 @@ class PriorTrainer(HubTrainer):
                     f"resume_from_checkpoint must be False for the first run, got True, but {self.args.output_dir!r} "
                     "holds no whole checkpoint"
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.inference.finish(self)
+        return result
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Trainer looks for the end after a step only: a run that is resumed from its last step would take one more.
@@ -256,7 +266,9 @@ class PriorTrainer(HubTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s; each of several prompts has its own learning rate."""
+        """As `Trainer`'s; each of several prompts has its own learning rate, some algorithms their own optimizer."""
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer = self.inference.optimizer(self)
         if getattr(self, "optimizer", None) is None and len(self.adapter_names) > 1:
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = [
@@ -265,6 +277,13 @@ class PriorTrainer(HubTrainer):
             ]
             self.optimizer = optimizer(groups, **options | {"weight_decay": self.args.weight_decay})
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer`'s; some algorithms have their own schedule."""
+        if self.lr_scheduler is None and self.inference.schedule(0, num_training_steps) is not None:
+            factor = partial(self.inference.schedule, steps=num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if len(self.adapter_names) == 1:
@@ -384,6 +403,19 @@ class PriorTrainer(HubTrainer):
             pad_token_id=self.processing_class.pad_token_id,
         )
         return generated[:, prompts["input_ids"].shape[1] :]
+
+
+class _Inferring(TrainerCallback):
+    """Tells an algorithm of the steps."""
+
+    def __init__(self, trainer: PriorTrainer) -> None:
+        self._trainer = weakref.proxy(trainer)
+
+    def on_pre_optimizer_step(self, *arguments: Any, **kwargs: Any) -> None:
+        self._trainer.inference.before_step(self._trainer)
+
+    def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
+        self._trainer.inference.step(self._trainer)
 
 
 def _check_types(model: Any, args: Any, processing_class: Any) -> None:

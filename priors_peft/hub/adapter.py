@@ -3,7 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PriorConfig
+from ..inference.posterior import posterior_from
 from ..files import atomic_path, sha256, write_json
 from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
@@ -164,6 +165,7 @@ class SavedAdapter:
         prompt: θ, shape `[S, P, d]`.
         initial_prompt: θ before training, shape `[S, P, d]`.
         coordinate: The trained parameter, or None if it must be derived from θ.
+        posterior: `state_dict()` of the posterior about it; empty where it is a point.
     """
 
     config: PriorConfig
@@ -172,10 +174,12 @@ class SavedAdapter:
     prompt: Tensor
     initial_prompt: Tensor
     coordinate: Tensor | None = None
+    posterior: dict[str, Tensor] = field(default_factory=dict)
 
     def encoder(self) -> PriorPromptEncoder:
         """A prompt encoder in the saved state, exactly."""
-        encoder = PriorPromptEncoder(self.priors, self.config.coordinates, self.initial_prompt)
+        posterior = posterior_from(self.posterior, trained=self.config.inference == "variational")
+        encoder = PriorPromptEncoder(self.priors, self.config.coordinates, self.initial_prompt, posterior)
         if self.coordinate is None:
             encoder.set_prompt(self.prompt)
         else:
@@ -263,8 +267,10 @@ def read_adapter(
         provenance = [Provenance(**entry) for entry in described.get("reference", [])]
     except _MISMATCHES as error:
         raise ValueError(f"{prior_path} and {prior_config} must belong together, got: {error}") from error
-    coordinate = state["coordinate"] if saved.coordinates == coordinates else None
-    return SavedAdapter(saved, provenance, priors, state["prompt"], state["initial_prompt"], coordinate)
+    prompt, initial_prompt = state["prompt"], state["initial_prompt"]
+    if saved.coordinates != coordinates:
+        return SavedAdapter(saved, provenance, priors, prompt, initial_prompt)
+    return SavedAdapter(saved, provenance, priors, prompt, initial_prompt, state["coordinate"], _posterior(state))
 
 
 def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:
@@ -292,10 +298,20 @@ def _checked_priors(family: str, config: PriorConfig, state: dict[str, Tensor]) 
     if config.num_layers is not None and len(config.selected_layers(config.num_layers)) != expected[0]:
         raise ValueError(f"layers must be as many as the prompt's {expected[0]}, got {config.layers!r}")
     priors = [_prior(family, config, state, index) for index in range(expected[0])]
+    posterior = posterior_from(_posterior(state), trained=False)
+    if posterior is not None:
+        drawn = posterior.sample(state["coordinate"], 1)
+        if tuple(drawn.shape) != (1, *expected) or not torch.isfinite(drawn).all():
+            raise ValueError(f"the posterior must give finite prompts of shape {expected}, got {tuple(drawn.shape)}")
     for prior, prompt, values in zip(priors, state["prompt"], state["coordinate"], strict=True):
         if not torch.isfinite(torch.cat([prompt, prior.to_prompt(values)])).all():
             raise ValueError(f"the prompt and its prior must be finite, got inf or nan ({family})")
     return priors
+
+
+def _posterior(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "posterior."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: int) -> Prior:
@@ -310,7 +326,7 @@ def _prior(family: str, config: PriorConfig, state: dict[str, Tensor], index: in
 
 def _config_from(described: dict[str, Any], path: Path, own: Any | None, from_hub: bool) -> PriorConfig:
     values = described.get("config")
-    known = {field.name for field in fields(PriorConfig)} - {"peft_type", "peft_version", "auto_mapping"}
+    known = {item.name for item in fields(PriorConfig)} - {"peft_type", "peft_version", "auto_mapping"}
     if not isinstance(values, dict):
         raise ValueError(f"config must be an object in {path}, got {type(values).__name__}")
     check_sound(values, path, from_hub)
@@ -336,7 +352,7 @@ def _overridden(saved: PriorConfig, config: PriorConfig) -> PriorConfig:
             raise ValueError(
                 f"{name} must be the saved adapter's {getattr(saved, name)!r}, got {getattr(config, name)!r}"
             )
-    for name in ("coordinates", "prior_weight", "inference"):
+    for name in ("coordinates", "prior_weight", "inference", "inference_kwargs"):
         setattr(saved, name, getattr(config, name))
     return saved
 

@@ -6,6 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 
+from .base import Inference
+
+
 if TYPE_CHECKING:
     from ..trainer import PriorTrainer
 
@@ -16,6 +19,10 @@ CYCLES = 4
 # From initialization only to the exact MAP, by what mattered in trials with little data.
 WEIGHT_GRID = (0.0, 0.03, 0.3, 1.0)
 HELD_OUT_SHARE = 0.2
+
+
+class Map(Inference):
+    """The mode of p(z | data), by whatever optimizer the arguments name."""
 
 
 def weight_factor(schedule: str, progress: float) -> float:

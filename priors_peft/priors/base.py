@@ -28,6 +28,8 @@ class Prior(nn.Module, ABC):
     """Location µ, shape `[d]`, or `[P, d]` where each virtual token has its own."""
     scale_tril: Tensor
     """Scale factor A, lower triangular, shape `[d, d]`."""
+    is_gaussian: bool = False
+    """Whether p(θ) is N(µ, AAᵀ), so that whitened coordinates are standard normal."""
 
     def __init__(self) -> None:
         super().__init__()

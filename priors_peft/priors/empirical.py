@@ -77,6 +77,7 @@ class EmpiricalMixturePrior(EmpiricalPrior):
         bandwidth: σ > 0, standard deviation around each prompt, shape `[]`.
     """
 
+    is_gaussian = False
     prompts: Tensor
     bandwidth: Tensor
 

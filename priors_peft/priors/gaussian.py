@@ -17,6 +17,7 @@ class GaussianPrior(Prior):
         scale: Standard deviation σ > 0, shape `[d]`.
     """
 
+    is_gaussian = True
     loc: Tensor
     scale: Tensor
 

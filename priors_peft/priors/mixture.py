@@ -22,6 +22,7 @@ class MixturePrior(LowRankPrior):
         scales: Standard deviations σ_k > 0, shape `[K, d]`.
     """
 
+    is_gaussian = False
     weights: Tensor
     locs: Tensor
     scales: Tensor

@@ -22,6 +22,7 @@ class StructuredPrior(Prior):
         scale_tril: Cholesky factor A of the covariance, lower triangular, shape `[d, d]`.
     """
 
+    is_gaussian = True
     loc: Tensor
     scale_tril: Tensor
 

@@ -41,6 +41,7 @@ class TextPrior(Prior):
 
     def _derive(self) -> None:
         self.is_point = float(self.spread) == 0
+        self.is_gaussian = not self.is_point
 
     @classmethod
     def fit(
