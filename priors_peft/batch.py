@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,6 +32,10 @@ class Text:
         """Some of the rows."""
         parts = (self.input_ids, self.inputs_embeds, self.attention_mask, self.position_ids)
         return Text(*(None if part is None else part[rows] for part in parts))
+
+    def repeated(self, count: int) -> "Text":
+        """All rows `count` times over, one time after another."""
+        return self.of(list(range(self.batch_size)) * count)
 
     def after(self, count: int) -> "Text":
         """The same text after `count` virtual tokens: all rows see them, and positions go on from them."""
@@ -74,6 +79,11 @@ class Supervision:
     rows: Tensor
     predictors: Tensor
     targets: Tensor
+
+    def repeated(self, count: int, batch_size: int) -> "Supervision":
+        """That of `batch_size` rows that are there `count` times over, one time after another."""
+        rows = torch.cat([self.rows + number * batch_size for number in range(count)])
+        return Supervision(rows, self.predictors.repeat(count), self.targets.repeat(count))
 
     @classmethod
     def of(cls, labels: Tensor, attention_mask: Tensor | None) -> "Supervision":

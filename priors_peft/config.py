@@ -81,13 +81,8 @@ class PriorConfig(PromptLearningConfig):
             isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
         ):
             raise ValueError(f'prior_weight must be a number >= 0 or "auto", got {self.prior_weight!r}')
-        inference = inference_from(self.inference, self.inference_kwargs)
-        if inference.samples and self.prior_weight == 0:
-            raise ValueError(
-                f"prior_weight must be > 0 for inference={self.inference!r}, got 0: it is the posterior's temperature"
-            )
-        if inference.samples and self.coordinates != "whitened":
-            raise ValueError(f'coordinates must be "whitened" for inference={self.inference!r}, got "plain"')
+        if inference_from(self.inference, self.inference_kwargs).samples:
+            self._check_posterior()
         if isinstance(self.prior, str):
             from .priors import prior_class
 
@@ -104,6 +99,15 @@ class PriorConfig(PromptLearningConfig):
                 f"modules_to_save must be None, got {self.modules_to_save!r}: only the prompt is trained here"
             )
         self.peft_type = PeftType.PROMPT_TUNING if self.tuning == "soft" else PeftType.PREFIX_TUNING
+
+    def _check_posterior(self) -> None:
+        if self.prior_weight in (0, "auto"):
+            raise ValueError(
+                f"prior_weight must be a number > 0 for inference={self.inference!r}, got {self.prior_weight!r}: it is "
+                "the posterior's temperature"
+            )
+        if self.coordinates != "whitened":
+            raise ValueError(f'coordinates must be "whitened" for inference={self.inference!r}, got "plain"')
 
     def selected_layers(self, num_layers: int) -> list[int]:
         """The selected layers as sorted numbers in [0, num_layers).

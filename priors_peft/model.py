@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .config import PriorConfig
 from .fitting import new_encoder
 from .head import logits_of, supervised_nll
 from .inference.base import inference_from
+from .inference.predictive import averaging_forward, joined_caches, mean_log_prob, mean_logits
 from .packing import Unpackable, supports_packing
 from .passes import (
     Prompt,
@@ -100,7 +101,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         check_base_model(model)
         self._takes_cache = supports_prompt_cache(model)
         self._unpackable = False
-        self._kept: dict[str, tuple[list[tuple[int, int]], PromptState, list[Tensor]]] | None = None
+        self._kept: dict[Any, tuple[Any, PromptState, list[Tensor]]] | None = None
+        self._averaged: tuple[int, int] | None = None
         self.tokenizer = tokenizer
         self.provenance: dict[str, list[Provenance]] = {}
         # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
@@ -249,7 +251,8 @@ class PriorPeftModel(PeftModelForCausalLM):
             logger.warning_once("token_type_ids are ignored: a prompt has none. Leave them out of the inputs.")
         prompts = self._prompts(adapter_names, text.batch_size)
         text.check_fits(self.base_model, max(prompt.length for prompt in prompts.values()))
-        supervision = None if labels is None else Supervision.of(labels, attention_mask)
+        asked = None if labels is None else Supervision.of(labels, attention_mask)
+        prompts, text, supervision, count = self._drawn(prompts, text, asked)
         whole = return_logits if return_logits is not None else (labels is None or not self.training)
         result, nll = PriorCausalLMOutput(), None
         if supervision is not None and not whole:
@@ -261,14 +264,15 @@ class PriorPeftModel(PeftModelForCausalLM):
                 logits = logits_of(self.base_model, states)
                 scored = logits[supervision.rows, supervision.predictors + 1]
                 nll = nn.functional.cross_entropy(scored.float(), supervision.targets, reduction="none")
-                result.logits = logits[:, 1:][:, -logits_to_keep:]
+                result.logits = mean_logits(logits[:, 1:][:, -logits_to_keep:], count)
             elif whole:
-                result.logits = logits_of(self.base_model, states[:, 1:][:, -logits_to_keep:])
-        if supervision is not None and nll is not None:
-            result.row_nll = nll.new_zeros(text.batch_size).index_add(0, supervision.rows, nll.detach())
-            result.row_tokens = torch.bincount(supervision.rows, minlength=text.batch_size)
-            count = num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1)
-            result.loss = nll.sum() / count
+                result.logits = mean_logits(logits_of(self.base_model, states[:, 1:][:, -logits_to_keep:]), count)
+        if asked is not None and nll is not None:
+            nll = nll if count == 1 else -mean_log_prob(-nll.unflatten(0, (count, -1)))
+            batch_size = text.batch_size // count
+            result.row_nll = nll.new_zeros(batch_size).index_add(0, asked.rows, nll.detach())
+            result.row_tokens = torch.bincount(asked.rows, minlength=batch_size)
+            result.loss = nll.sum() / (num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1))
             log_prior = [prompt.log_prior for prompt in prompts.values()]
             if any(part is not None for part in log_prior):
                 terms = torch.stack([nll.new_zeros(()) if part is None else part for part in log_prior])
@@ -304,12 +308,31 @@ class PriorPeftModel(PeftModelForCausalLM):
         """The key/value cache of a prompt, and its last hidden state."""
         return prompt_pass(self.base_model, self.prompt(name))
 
+    def _drawn(
+        self, prompts: dict[str, Prompt], text: Text, supervision: Supervision | None
+    ) -> tuple[dict[Any, Prompt], Text, Supervision | None, int]:
+        """Within `averaged`, the batch once for each draw: its rows over and over, each time after other draws."""
+        if self._averaged is None or self.training:
+            return dict(prompts), text, supervision, 1
+        count, size = self._averaged[0], text.batch_size
+        drawn = {
+            (name, number): replace(prompt, theta=theta, rows=[row + number * size for row in prompt.rows])
+            for name, prompt in prompts.items()
+            for number, theta in enumerate(self._draws(name))
+        }
+        supervision = None if supervision is None else supervision.repeated(count, size)
+        return drawn, text.repeated(count), supervision, count
+
+    def _draws(self, name: str) -> Tensor:
+        count, seed = self._averaged or (1, 0)
+        return self.posterior_samples(count, seed, name)
+
     def _padded_states(
-        self, prompts: dict[str, Prompt], text: Text, options: dict[str, Any], result: PriorCausalLMOutput
+        self, prompts: dict[Any, Prompt], text: Text, options: dict[str, Any], result: PriorCausalLMOutput
     ) -> Tensor:
         """Final hidden states `[B, 1 + L, d]`, the last virtual token's first; fills in what else was asked for."""
 
-        def run(name: str, prompt: Prompt, text: Text) -> Any:
+        def run(name: Any, prompt: Prompt, text: Text) -> Any:
             if self._concatenates(self.training):
                 return concatenated_pass(self.base_model, prompt, text, options)
             return cached_pass(self.base_model, self._state(name, prompt), text, options)
@@ -326,12 +349,16 @@ class PriorPeftModel(PeftModelForCausalLM):
         order = torch.tensor([row for prompt in prompts.values() for row in prompt.rows])
         return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
-    def _state(self, name: str, prompt: Prompt) -> PromptState:
-        """The prompt's key/value cache; within `cached_prompt` the one that is kept, if the prompt is still the same."""
+    def _state(self, name: Any, prompt: Prompt) -> PromptState:
+        """The prompt's key/value cache; within `cached_prompt` the one that is kept, if the prompt is still the same.
+
+        `name` is the adapter's, with the number of the draw where it is one.
+        """
         if self._kept is None or torch.is_grad_enabled() or self.training or is_sharded(self):
             return prompt_pass(self.base_model, prompt)
-        tensors = list(self.prompt_encoder[name].state_dict(keep_vars=True).values())
-        version = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        encoder = self.prompt_encoder[name if isinstance(name, str) else name[0]]
+        tensors = list(encoder.state_dict(keep_vars=True).values())
+        version = [(tensor.data_ptr(), tensor._version) for tensor in tensors], self._averaged
         if self._kept.get(name, (None,))[0] != version:
             # The tensors too: another encoder's must not get the address of ones that are gone.
             self._kept[name] = version, prompt_pass(self.base_model, prompt), tensors
@@ -339,7 +366,7 @@ class PriorPeftModel(PeftModelForCausalLM):
 
     def _predicting_states(
         self,
-        prompts: dict[str, Prompt],
+        prompts: dict[Any, Prompt],
         text: Text,
         supervision: Supervision,
         options: dict[str, Any],
@@ -359,12 +386,49 @@ class PriorPeftModel(PeftModelForCausalLM):
         states = self._padded_states(prompts, text, options, result)
         return states[supervision.rows, supervision.predictors + 1]
 
-    def predicting_states(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states `[N, d]` of the positions that predict supervised tokens, and these tokens' ids `[N]`."""
-        text, supervision = Text(input_ids, None, attention_mask, None), Supervision.of(labels, attention_mask)
+    def predicting_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Supervision]:
+        """Final hidden states that predict supervised tokens, of each of K draws (`averaged`): `[K, N, d]`; and which."""
+        text, asked = Text(input_ids, None, attention_mask, None), Supervision.of(labels, attention_mask)
         prompts = {self.active_adapter: self.prompt(self.active_adapter, list(range(len(input_ids))))}
-        states = self._predicting_states(prompts, text, supervision, {}, PriorCausalLMOutput())
-        return states, supervision.targets
+        drawn, text, supervision, count = self._drawn(prompts, text, asked)
+        states = self._predicting_states(drawn, text, supervision or asked, {}, PriorCausalLMOutput())
+        return states.unflatten(0, (count, len(asked.rows))), asked
+
+    # The posterior
+
+    def posterior_samples(self, count: int, seed: int = 0, adapter_name: str | None = None) -> Tensor:
+        """Prompts θ drawn from the posterior, shape `[count, S, P, d]`; the same for the same seed.
+
+        Where the posterior is a point (`inference="map"`) all are the prompt itself.
+
+        Raises:
+            ValueError: `count` is below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be >= 1, got {count}")
+        encoder = self.prompt_encoder[adapter_name or self.active_adapter]
+        return encoder.samples(count, torch.Generator().manual_seed(seed))
+
+    @contextmanager
+    def averaged(self, count: int = 8, seed: int = 0) -> Iterator[None]:
+        """Within this context evaluation and generation average token probabilities over draws from the posterior.
+
+        All draws run in one pass; logits are then log probabilities. Where the posterior is a point nothing changes.
+
+        Args:
+            count: Number of draws.
+            seed: The same draws for the same seed.
+        """
+        if count < 1:
+            raise ValueError(f"count must be >= 1, got {count}")
+        before, is_point = self._averaged, self.prompt_encoder[self.active_adapter].posterior is None
+        self._averaged = None if is_point else (count, seed)
+        try:
+            yield
+        finally:
+            self._averaged = before
 
     @contextmanager
     def cached_prompt(self) -> Iterator[None]:
@@ -412,6 +476,8 @@ class PriorPeftModel(PeftModelForCausalLM):
         if is_sharded(self):
             kwargs.setdefault("synced_gpus", True)  # a process that is done goes on for those that are not
         if self._concatenates(self.training):
+            if self._averaged is not None:
+                raise ValueError(f"draws can't be averaged in generation by {type(base).__name__}, which has no cache")
             kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
             with deep_prompts(base, [(0, prompt)]):
                 generated = base.generate(**kwargs)
@@ -421,10 +487,19 @@ class PriorPeftModel(PeftModelForCausalLM):
             kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
         # Beams and samples are rows too; generate repeats its tensors for them but not a cache.
         repeats = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in _REPEATING)
+        # Trainer switches the cache off in the base model's configuration; here it holds the prompt.
+        kwargs["use_cache"] = True
+        if self._averaged is not None:
+            if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+                raise ValueError("num_beams must be 1 where draws are averaged: a beam's cache would be of one draw")
+            drawn = [replace(prompt, theta=theta) for theta in self._draws(self.active_adapter)]
+            caches = [self._state((self.active_adapter, number), one).cache for number, one in enumerate(drawn)]
+            kwargs["past_key_values"] = joined_caches(caches, len(text) * repeats)
+            with averaging_forward(base, len(caches)):
+                return base.generate(input_ids, **kwargs)
         state = self._state(self.active_adapter, prompt)
         kwargs["past_key_values"] = expand_cache(state.cache, len(text) * repeats)
-        # Trainer switches the cache off in the base model's configuration; here it holds the prompt.
-        return base.generate(input_ids, **kwargs | {"use_cache": True})
+        return base.generate(input_ids, **kwargs)
 
     def get_prompt(self, batch_size: int, task_ids: None = None, max_cache_len: int | None = None) -> Any:
         """θ `[batch_size, P, d]` of a soft prompt, or the key/value cache of a deep one, as PEFT gives them."""

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PriorConfig
-from ..inference.posterior import posterior_from
 from ..files import atomic_path, sha256, write_json
+from ..inference.posterior import posterior_from
 from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder

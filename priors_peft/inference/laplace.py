@@ -65,7 +65,9 @@ def laplace_posterior(values: Tensor, directions: Tensor, precision: float = 1.0
     return DirectionalPosterior(directions.float(), scale.float(), torch.tensor(precision**-0.5))
 
 
-def log_evidence(log_likelihood: float, squared_norm: float, values: Tensor, size: int, precision: float = 1.0) -> float:
+def log_evidence(
+    log_likelihood: float, squared_norm: float, values: Tensor, size: int, precision: float = 1.0
+) -> float:
     """log p(data) by the Laplace approximation, in nats: equation 2.8 of MacKay (1992).
 
     Args:
@@ -107,7 +109,7 @@ def fisher_gradients(trainer: "PriorTrainer", count: int) -> Tensor:
     try:
         for batch in tqdm(trainer.get_train_dataloader(), "Curvature", leave=False, delay=2):
             inputs: dict[str, Any] = trainer._prepare_inputs(batch)
-            states, _ = model.predicting_states(inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"])
+            states = model.predicting_states(inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"])[0][0]
             with torch.no_grad():
                 probabilities = logits_of(base, states.detach().unsqueeze(0))[0].float().softmax(-1).cpu()
             for draw in range(count):

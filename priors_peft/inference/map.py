@@ -5,7 +5,6 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-
 from .base import Inference
 
 

@@ -113,8 +113,10 @@ def test_directions_without_curvature_keep_the_priors_spread():
 def test_the_best_precision_has_the_most_evidence_of_its_neighbours():
     values = torch.tensor([5.0, 2.0, 0.5])
     best = best_precision(1.3, values)
+
     def evidence(precision):
         return log_evidence(0.0, 1.3, values, 10, precision)
+
     assert evidence(best) > max(evidence(best * 1.01), evidence(best / 1.01))
 
 

@@ -1,0 +1,245 @@
+"""With little data: our posteriors as they come beside stock PEFT tuned by hand and stopped in time.
+
+`python benchmarks/low_data.py [--tasks ...] [--sizes ...] [--methods ...]` trains what is not in the results file yet, a
+line of JSON a run, and prints the table; a run that was stopped is started again from its beginning.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
+from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+
+from priors_peft import (
+    PriorConfig,
+    PriorPeftModel,
+    PriorTrainer,
+    PriorTrainingArguments,
+    get_prior_model,
+    load_base_model,
+)
+from priors_peft.choices import metrics_by_likelihood
+from priors_peft.commands.evaluate import markdown_table
+from priors_peft.data import IGNORED, tokenize
+from priors_peft.evaluation import answer, best_device
+from priors_peft.files import atomic_path
+from priors_peft.inference.predictive import predict
+from priors_peft.tasks import Task, load_task
+
+
+# Name: the task as `load_task` takes it.
+TASKS: dict[str, dict[str, Any]] = {
+    "add_or_sub": {"name": "math", "module": "arithmetic__add_or_sub"},
+    "linear_1d": {"name": "math", "module": "algebra__linear_1d"},
+    "rte": {"name": "superglue:rte", "max_length": 200},
+    "squad": {"name": "squad", "max_length": 200},
+    "boolq": {"name": "superglue:boolq", "max_length": 200},
+}
+STOCK_RATES = (0.003, 0.01, 0.03, 0.1)
+STOCK_DEFAULT_RATE = 0.01
+HELD_OUT = 0.25
+PATIENCE = 3
+EVALUATE_EVERY = 10
+
+OURS: dict[str, dict[str, Any]] = {
+    "map": {"inference": "map"},
+    "variational": {"inference": "variational", "prior_weight": 0.1},
+    "sghmc": {"inference": "sghmc", "prior_weight": 0.1},
+    "laplace": {"inference": "laplace", "prior_weight": 1.0},
+    "text": {"inference": "variational", "prior_weight": 0.1, "prior": "text"},
+}
+METHODS = ["none", "stock default", "stock tuned", *OURS]
+
+
+class Study:
+    """The base model and what all runs have in common."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.base, self.tokenizer = load_base_model(options.model, device=best_device())
+        self._tasks: dict[str, Task] = {}
+
+    def task(self, name: str) -> Task:
+        if name not in self._tasks:
+            settings = dict(TASKS[name])
+            if self.options.data_dir and not settings["name"].startswith("math"):
+                folder = settings["name"].partition(":")[0]
+                settings["data_dir"] = str(Path(self.options.data_dir, folder))
+            self._tasks[name] = load_task(
+                settings.pop("name"), num_eval=self.options.num_eval, tokenizer=self.tokenizer, seed=0, **settings
+            )
+        return self._tasks[name]
+
+    def rows(self, name: str, size: int, seed: int) -> Dataset:
+        train = self.task(name).train
+        if len(train) < size:
+            raise ValueError(f"sizes must be at most {len(train)} for {name}, got {size}")
+        return train.shuffle(seed=seed).select(range(size))
+
+    def settings(self, folder: str, seed: int, **more: Any) -> dict[str, Any]:
+        return {
+            "output_dir": folder,
+            "max_steps": self.options.steps,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 16,
+            "seed": seed,
+            "logging_steps": 20,
+            "save_strategy": "no",
+            "report_to": [],
+        } | more
+
+    # Methods: each returns a tuned model.
+
+    def stock(
+        self, rows: Dataset, seed: int, folder: str, rate: float, start: str, held_out: Dataset | None = None
+    ) -> tuple[str, float]:
+        """Stock PEFT and Trainer; with held-out rows the best state by them, and their NLL."""
+        set_seed(seed)
+        init = PromptTuningInit[start]
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, prompt_tuning_init=init)
+        model = get_peft_model(self.base, config)
+        more: dict[str, Any] = {"learning_rate": rate}
+        if held_out is not None:
+            more |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": EVALUATE_EVERY}
+            more |= {"save_steps": EVALUATE_EVERY, "save_total_limit": 1, "load_best_model_at_end": True}
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**self.settings(folder, seed, **more)),
+            train_dataset=tokenize(rows, self.tokenizer),
+            eval_dataset=None if held_out is None else tokenize(held_out, self.tokenizer),
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED),
+            callbacks=[] if held_out is None else [EarlyStoppingCallback(PATIENCE)],
+        )
+        trainer.train()
+        model.save_pretrained(f"{folder}/adapter")
+        return f"{folder}/adapter", trainer.state.best_metric
+
+    def run(self, task: str, size: int, seed: int, method: str) -> dict[str, Any]:
+        """Train and measure; the figures of one line."""
+        rows, whole = self.rows(task, size, seed), self.task(task)
+        chosen: dict[str, Any] = {}
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            if method == "none":
+                model = self.base
+            elif method == "stock default":
+                path, _ = self.stock(rows, seed, folder, STOCK_DEFAULT_RATE, "RANDOM")
+            elif method == "stock tuned":
+                parts = rows.train_test_split(HELD_OUT, seed=seed)
+                tried = []
+                for rate in STOCK_RATES:
+                    own = f"{folder}/{rate}"
+                    path, loss = self.stock(parts["train"], seed, own, rate, "SAMPLE_VOCAB", parts["test"])
+                    tried.append((loss, rate, path))
+                loss, rate, path = min(tried)
+                chosen = {"learning_rate": rate, "held_out_nll": loss}
+            else:
+                model = self.ours(method, rows, whole, seed, folder)
+            seconds = time.perf_counter() - start
+            if method.startswith("stock"):
+                model = PriorPeftModel.from_pretrained(self.base, path)
+            figures = self.measure(model, whole)
+        return {"task": task, "size": size, "seed": seed, "method": method, "seconds": seconds} | chosen | figures
+
+    def ours(self, method: str, rows: Dataset, task: Task, seed: int, folder: str) -> PriorPeftModel:
+        set_seed(seed)
+        settings = dict(OURS[method])
+        if settings.get("prior") == "text":
+            settings["prior_kwargs"] = {"text": task.description}
+        config = PriorConfig(num_virtual_tokens=20, seed=seed, **settings)
+        model = get_prior_model(self.base, config, tokenizer=self.tokenizer)
+        trainer = PriorTrainer(
+            model=model,
+            args=PriorTrainingArguments(**self.settings(folder, seed)),
+            train_dataset=rows,
+            processing_class=self.tokenizer,
+        )
+        trainer.train()
+        return model
+
+    def measure(self, model: Any, task: Task) -> dict[str, float]:
+        """Held-out likelihood, calibration and the task's own metric, averaged over draws where there are any."""
+        options, figures = self.options, {}
+        if isinstance(model, PriorPeftModel):
+            prediction = predict(model, self.tokenizer, task.eval, options.num_draws)
+            figures = {"nll": prediction.nll, "ece": prediction.calibration.error}
+            figures["nll_at_mean"] = predict(model, self.tokenizer, task.eval, 1).nll if options.num_draws > 1 else 0
+        averaged = model.averaged(options.num_draws) if isinstance(model, PriorPeftModel) else nullcontext()
+        few = task.eval.select(range(min(options.num_answers, len(task.eval))))
+        with averaged:
+            if "choices" in task.eval.column_names:
+                found = metrics_by_likelihood(task.metrics, model, self.tokenizer, few, 16)
+            else:
+                answers = answer(model, self.tokenizer, few, task.max_new_tokens)
+                found = task.metrics(answers.predictions, answers.references)
+                figures.setdefault("nll", answers.nll)
+        return figures | found
+
+
+def plan(options: argparse.Namespace) -> Iterator[tuple[str, int, int, str]]:
+    """The runs, the smallest sizes and first seeds of every task before more of any."""
+    yield from product(options.tasks, options.sizes, range(options.seeds), options.methods)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds, a row a task, size and method."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        groups[line["task"], line["size"], line["method"]].append(line)
+    rows = []
+    for key in sorted(groups, key=lambda key: (key[0], key[1], METHODS.index(key[2]))):
+        group = groups[key]
+        figures = [spread([line[name] for line in group if name in line]) for name in ("nll", "ece", "seconds")]
+        rows.append([*map(str, key), str(len(group)), *figures])
+    return markdown_table(["task", "rows", "method", "seeds", "NLL (nats/token)", "ECE", "seconds"], rows)
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="bundled:smollm2-135m")
+    parser.add_argument("--data_dir", help="folder with the published files of squad and superglue; else the Hub")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[16, 32, 128, 1024], help="training rows")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of 8 rows")
+    parser.add_argument("--num_eval", type=int, default=128, help="held-out rows")
+    parser.add_argument("--num_answers", type=int, default=64, help="of them to answer for the task's metric")
+    parser.add_argument("--num_draws", type=int, default=8, help="prompts drawn from a posterior")
+    parser.add_argument("--results", default="outputs/low_data.jsonl")
+    options = parser.parse_args()
+
+    results = Path(options.results)
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(line["task"], line["size"], line["seed"], line["method"]) for line in lines}
+    left = [run for run in plan(options) if run not in done]
+    study = Study(options) if left else None
+    for number, run in enumerate(left, 1):
+        task, size, seed, method = run
+        print(f"\n{number} of {len(left)}: {task}, {size} rows, seed {seed}, {method}", flush=True)
+        lines.append(study.run(*run))
+        with atomic_path(results) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        print(lines[-1], flush=True)
+    print("\n" + table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The posterior in training, in a folder, and in what is predicted from it."""
+
+import math
+
+import pytest
+import torch
+from conftest import addition_rows, make_model, make_tokenizer
+from peft import PeftModel
+from test_trainer import coordinate, make_trainer
+
+from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
+from priors_peft.inference.posterior import GaussianPosterior, SampledPosterior
+from priors_peft.inference.predictive import calibration, predict
+
+
+SETTINGS = {
+    "map": {},
+    "variational": {},
+    "laplace": {"num_draws": 6},
+    "sghmc": {"num_samples": 4, "cycles": 1},
+    "svgd": {"num_particles": 3},
+}
+
+
+def trained(folder, inference, resume=None, **settings):
+    config = {
+        "inference": inference,
+        "inference_kwargs": SETTINGS[inference],
+        "prior_weight": 0.1,
+        "num_virtual_tokens": 4,
+    }
+    torch.manual_seed(0)
+    trainer = make_trainer(folder, config=config, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def spread_model(architecture="llama", scale=0.5, **config):
+    model = get_prior_model(
+        make_model(architecture), PriorConfig(num_virtual_tokens=4, **config), tokenizer=make_tokenizer()
+    )
+    encoder = model.prompt_encoder["default"]
+    encoder.posterior = GaussianPosterior.of_scale(torch.full(encoder.coordinate.shape, scale))
+    return model.eval()
+
+
+def batch_of(model, rows=3):
+    from priors_peft.data import IGNORED, pad, tokenize
+
+    encoded = list(tokenize(addition_rows(rows), make_tokenizer(), None))
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {name: pad([row[name] for row in encoded], fill, "right") for name, fill in fills.items()}
+
+
+@pytest.mark.parametrize("inference", list(SETTINGS))
+def test_the_same_seed_gives_the_same_posterior_and_a_folder_keeps_it(tmp_path, inference):
+    trainers = [trained(tmp_path / str(run), inference) for run in range(2)]
+    draws = [trainer.model.posterior_samples(3, seed=1) for trainer in trainers]
+    assert torch.equal(*draws)
+    trainers[0].save_model()
+    loaded = PriorPeftModel.from_pretrained(make_model(), str(tmp_path / "0"))
+    assert torch.equal(loaded.posterior_samples(3, seed=1), draws[0])
+    assert loaded.active_peft_config.inference == inference and list(loaded.peft_config) == ["default"]
+    stock = PeftModel.from_pretrained(make_model(), str(tmp_path / "0"))
+    # The stock adapter holds the posterior's mean.
+    assert torch.allclose(stock.prompt_encoder["default"].embedding.weight, loaded.prompt("default").theta[0])
+
+
+@pytest.mark.parametrize("inference", ["variational", "sghmc", "svgd"])
+def test_resumed_training_ends_with_the_same_posterior(tmp_path, inference):
+    whole = trained(tmp_path / "whole", inference, max_steps=8)
+    trained(tmp_path / "cut", inference, max_steps=8, save_strategy="steps", save_steps=5)
+    (cut,) = (tmp_path / "cut").glob("checkpoint-5")
+    resumed = trained(tmp_path / "cut", inference, resume=str(cut), max_steps=8)
+    assert torch.equal(coordinate(whole), coordinate(resumed))
+    assert torch.equal(whole.model.posterior_samples(4), resumed.model.posterior_samples(4))
+
+
+def test_a_variational_step_minimizes_the_bound(tmp_path):
+    trainer = trained(tmp_path, "variational", max_steps=1, learning_rate=1e-9)
+    model = trainer.model.train()
+    batch = batch_of(model)
+    torch.manual_seed(3)
+    outputs = model(**batch)
+    torch.manual_seed(3)
+    prompt, log_prior = model.prompt_encoder["default"](drawn=True)
+    assert torch.allclose(outputs.log_prior, log_prior) and log_prior < 0
+    model.eval().prompt_encoder["default"].set_prompt(prompt)
+    assert model(**batch).loss.item() == pytest.approx(outputs.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
+@pytest.mark.parametrize("config", [{}, {"tuning": "deep"}], ids=["soft", "deep"])
+def test_averaged_probabilities_are_the_mean_of_each_draws(architecture, config):
+    model, batch = spread_model(architecture, **config), None
+    batch = batch_of(model)
+    draws = model.posterior_samples(3, seed=2)
+    alone = []
+    mean = model.prompt_encoder["default"].coordinate.detach().clone()
+    posterior, model.prompt_encoder["default"].posterior = model.prompt_encoder["default"].posterior, None
+    with torch.no_grad():
+        for draw in draws:
+            model.prompt_encoder["default"].set_prompt(draw)
+            alone.append(model(**batch).logits.log_softmax(-1))
+        model.prompt_encoder["default"].coordinate.copy_(mean)
+        model.prompt_encoder["default"].posterior = posterior
+        expected = torch.stack(alone).exp().mean(0)
+        with model.averaged(3, seed=2):
+            whole, packed = model(**batch), model(**batch, return_logits=False)
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(whole.logits.exp()[real], expected[real], atol=1e-4)
+    assert whole.loss.item() == pytest.approx(packed.loss.item(), rel=1e-4)
+    assert torch.allclose(whole.row_nll, packed.row_nll, rtol=1e-4)
+
+
+def test_a_point_predicts_what_it_does_alone_and_one_draw_without_spread_too():
+    model = spread_model(scale=1e-9)
+    batch = batch_of(model)
+    with torch.no_grad():
+        plain = model(**batch)
+        with model.averaged(1):
+            narrow = model(**batch)
+        model.prompt_encoder["default"].posterior = None
+        with model.averaged(4):
+            point = model(**batch)
+    assert torch.equal(plain.logits, point.logits)
+    assert torch.allclose(plain.logits, narrow.logits, atol=1e-4)
+    assert torch.equal(model.posterior_samples(2), model.prompt("default").theta.expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_generation_by_averaged_probabilities_takes_the_likeliest_token_each_time(architecture):
+    model = spread_model(architecture)
+    ids = torch.tensor([[5, 20, 31], [6, 22, 40]])
+    mask = torch.ones_like(ids)
+    with torch.no_grad(), model.averaged(3, seed=4):
+        generated = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=[]
+        )
+        text = ids
+        for _ in range(4):
+            logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[:, -1]
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+        assert torch.equal(generated, text)
+        with pytest.raises(ValueError, match="num_beams must be 1"):
+            model.generate(input_ids=ids, attention_mask=mask, num_beams=2)
+    assert "forward" not in vars(model.base_model)
+
+
+def test_sampled_text_follows_the_averaged_probabilities():
+    model = spread_model()
+    ids = torch.tensor([[5, 20, 31]]).expand(2000, -1)
+    torch.manual_seed(0)
+    with torch.no_grad(), model.averaged(3, seed=4):
+        drawn = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=[],
+        )
+        expected = model(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1])).logits[0, -1].exp()
+    share = torch.bincount(drawn[:, -1], minlength=len(expected)) / len(drawn)
+    assert (share - expected).abs().max() < 4 * math.sqrt(0.25 / len(drawn))
+
+
+def test_uncertainty_splits_into_what_draws_share_and_what_they_disagree_on():
+    model, rows = spread_model(scale=1.0), addition_rows(5)
+    prediction = predict(model, make_tokenizer(), rows, count=6, batch_size=2)
+    for entropy, expected, shared in zip(
+        prediction.entropy, prediction.expected_entropy, prediction.mutual_information, strict=True
+    ):
+        assert shared > 0 and entropy == pytest.approx(expected + shared, rel=1e-4)
+    again = predict(model, make_tokenizer(), rows, count=6, batch_size=5)
+    assert again.nll == pytest.approx(prediction.nll, rel=1e-5)
+    assert again.entropy == pytest.approx(prediction.entropy, rel=1e-4)
+    with torch.no_grad(), model.averaged(6):
+        batch = batch_of(model, 5)
+        assert model(**batch).loss.item() == pytest.approx(prediction.nll, rel=1e-5)
+    model.prompt_encoder["default"].posterior = None
+    point = predict(model, make_tokenizer(), rows, count=6)
+    assert point.mutual_information == pytest.approx([0] * 5, abs=1e-5)
+
+
+def test_calibration_errs_by_the_gap_between_confidence_and_accuracy():
+    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55, 1.0, 0.0])
+    right = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    found = calibration(confidence, right)
+    # Of 5 in the highest interval 4 are right at a mean confidence of 0.96; 2 at 0.55 are half right; 1 at 0 is wrong.
+    assert found.counts == [1, 0, 0, 0, 0, 2, 0, 0, 0, 5]
+    assert found.error == pytest.approx((5 * (0.96 - 0.8) + 2 * 0.05) / 8)
+
+
+def test_what_a_posterior_needs_is_said_before_training(tmp_path):
+    for settings, message in (
+        ({"prior_weight": 0}, "prior_weight must be a number > 0 for inference='variational', got 0"),
+        ({"coordinates": "plain"}, 'coordinates must be "whitened" for inference=\'variational\', got "plain"'),
+        ({"inference_kwargs": {"rank": -1}}, "rank must be an integer >= 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PriorConfig(num_virtual_tokens=4, inference="variational", **settings)
+    with pytest.raises(ValueError, match="load_best_model_at_end must be False for inference='svgd'"):
+        make_trainer(
+            tmp_path,
+            config={"inference": "svgd"},
+            load_best_model_at_end=True,
+            save_strategy="steps",
+            eval_strategy="steps",
+        )
+    with pytest.raises(ValueError, match="count must be >= 1, got 0"):
+        spread_model().posterior_samples(0)
+
+
+def test_draws_of_a_sampled_posterior_have_the_coordinate_as_their_mean(tmp_path):
+    trainer = trained(tmp_path, "sghmc", max_steps=8)
+    encoder = trainer.model.prompt_encoder["default"]
+    assert isinstance(encoder.posterior, SampledPosterior) and len(encoder.posterior.draws) == 4
+    assert torch.allclose(encoder.posterior.draws.mean(0), encoder.coordinate)
