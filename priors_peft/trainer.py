@@ -489,6 +489,12 @@ def _check_adapters(
         valid = list(model.peft_config) if argument == "adapter_names" else names
         if not set(given) <= set(valid) or len(set(given)) != len(given):
             raise ValueError(f"{argument} must name prompts among {valid}, each once, got {list(given)}")
+    alone = [model.peft_config[name].inference for name in names]
+    alone = [kind for kind in alone if inference_from(kind, {}).alone]
+    if alone and len(names) > 1:
+        raise ValueError(f"adapter_names must name one prompt for inference={alone[0]!r}, got {names}")
+    if alone and args.load_best_model_at_end:
+        raise ValueError(f"load_best_model_at_end must be False for inference={alone[0]!r}, which needs the last state")
     if len(names) > 1:
         if args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be False for several adapter_names, whose best steps differ")

@@ -202,6 +202,8 @@ class SavedAdapter:
                 f"like the model's, got a {saved.coordinates} one of shape {tuple(saved.coordinate.shape)}: "
                 "use the configuration it was trained with"
             )
+        if not encoder.is_variational:
+            encoder.posterior = saved.posterior  # of as many draws as there were by then
         encoder.load_state_dict(saved.state_dict())
 
     def check_fits(self, model: Any) -> None:
