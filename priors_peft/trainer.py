@@ -45,6 +45,8 @@ class PriorTrainingArguments(TrainingArguments):
         learning_rate: 0.3 in whitened coordinates if None; in plain ones 0.3 prior standard deviations.
         max_length: Most tokens of a row, virtual tokens not counted; the model's context less the prompt if None.
         max_new_tokens: Most tokens generated for an answer in evaluation.
+        num_draws: Prompts drawn from the posterior whose token probabilities evaluation averages; where the posterior
+            is a point, as in MAP, it is the prompt itself.
         prior_weight_schedule: How `prior_weight` changes in training, see `inference.map.weight_factor`.
         train_sampling_strategy: `"random"` if None, or `"group_by_length"` where rows must be padded (ALiBi models,
             gradient checkpointing).
@@ -65,6 +67,9 @@ class PriorTrainingArguments(TrainingArguments):
     train_sampling_strategy: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "random if unset, or group_by_length for models whose rows must be padded"},
+    )
+    num_draws: int = field(
+        default=8, metadata={"help": "Prompts drawn from the posterior in evaluation, if it is not a point"}
     )
     prior_weight_schedule: str = field(
         default="constant", metadata={"help": "How prior_weight changes: constant, linear, cosine or cyclical"}
@@ -358,7 +363,10 @@ class PriorTrainer(HubTrainer):
             with self.model.cached_prompt():
                 for name in self.adapter_names:
                     self.model.active_adapter = name
-                    output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+                    with self.model.averaged(self.args.num_draws):
+                        output = super().evaluation_loop(
+                            dataloader, description, False, ignore_keys, metric_key_prefix
+                        )
                     for key, value in output.metrics.items():
                         figures[key + suffix(name, self.adapter_names)] = value
         finally:
@@ -494,7 +502,9 @@ def _check_adapters(
     if alone and len(names) > 1:
         raise ValueError(f"adapter_names must name one prompt for inference={alone[0]!r}, got {names}")
     if alone and args.load_best_model_at_end:
-        raise ValueError(f"load_best_model_at_end must be False for inference={alone[0]!r}, which needs the last state")
+        raise ValueError(
+            f"load_best_model_at_end must be False for inference={alone[0]!r}, which needs the last state"
+        )
     if len(names) > 1:
         if args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be False for several adapter_names, whose best steps differ")

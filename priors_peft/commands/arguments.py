@@ -73,6 +73,10 @@ class PromptArguments:
     )
     coordinates: str = field(default="whitened", metadata={"help": "whitened or plain"})
     prior_weight: str = field(default="1", metadata={"help": "1 MAP, 0 prior for initialization only; or auto"})
+    inference: str = field(default="map", metadata={"help": "map, variational, laplace, sghmc or svgd"})
+    inference_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Its settings as JSON: {"num_samples": 16}'}
+    )
 
     def __post_init__(self) -> None:
         from ..priors import prior_names
@@ -82,6 +86,7 @@ class PromptArguments:
         check_choice("tuning", self.tuning, ("soft", "deep"))
         self.prior_kwargs = parse_object("prior_kwargs", self.prior_kwargs)
         self.reference_kwargs = parse_object("reference_kwargs", self.reference_kwargs)
+        self.inference_kwargs = parse_object("inference_kwargs", self.inference_kwargs)
         if self.prior_weight != "auto":
             try:
                 self.prior_weight = float(self.prior_weight)  # type: ignore[assignment]
