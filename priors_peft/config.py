@@ -81,8 +81,7 @@ class PriorConfig(PromptLearningConfig):
             isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
         ):
             raise ValueError(f'prior_weight must be a number >= 0 or "auto", got {self.prior_weight!r}')
-        if inference_from(self.inference, self.inference_kwargs).samples:
-            self._check_posterior()
+        self._check_posterior()
         if isinstance(self.prior, str):
             from .priors import prior_class
 
@@ -101,6 +100,12 @@ class PriorConfig(PromptLearningConfig):
         self.peft_type = PeftType.PROMPT_TUNING if self.tuning == "soft" else PeftType.PREFIX_TUNING
 
     def _check_posterior(self) -> None:
+        if self.prior_kwargs.get("scale") == "evidence" and self.inference not in ("variational", "laplace"):
+            raise ValueError(
+                f'inference must be variational or laplace for a scale by "evidence", got {self.inference!r}'
+            )
+        if not inference_from(self.inference, self.inference_kwargs).samples:
+            return
         if self.prior_weight in (0, "auto"):
             raise ValueError(
                 f"prior_weight must be a number > 0 for inference={self.inference!r}, got {self.prior_weight!r}: it is "

@@ -48,6 +48,9 @@ def new_encoder(
         settings = [dict(config.prior_kwargs) for _ in layers]
         if config.prior == "text":
             settings = _described(model, config, layers, tokenizer)
+        if has_free_scale(config):
+            for own in settings:
+                del own["scale"]
         _check_settings(config.prior, family, settings[0])
         priors = []
         pairs = zip(references, settings, provenance, strict=False)
@@ -61,6 +64,11 @@ def new_encoder(
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
     return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
+
+
+def has_free_scale(config: PriorConfig) -> bool:
+    """Whether the prior's scale is to be the one of most evidence."""
+    return config.prior_kwargs.get("scale") == "evidence"
 
 
 def _fitted(family: type[Prior], reference: Any, settings: dict[str, Any], origin: Provenance) -> Prior:

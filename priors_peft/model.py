@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .architecture import check_base_model, expand_cache, supports_prompt_cache
 from .batch import Supervision, Text, extended_mask
 from .config import PriorConfig
-from .fitting import new_encoder
+from .fitting import has_free_scale, new_encoder
 from .head import logits_of, supervised_nll
 from .inference.base import inference_from
 from .inference.predictive import averaging_forward, joined_caches, mean_log_prob, mean_logits
@@ -139,6 +139,11 @@ class PriorPeftModel(PeftModelForCausalLM):
         if encoder.posterior is None:
             inference = inference_from(peft_config.inference, peft_config.inference_kwargs)
             encoder.posterior = inference.start(encoder)
+        encoder.free_scale = has_free_scale(peft_config)
+        if encoder.free_scale and not all(prior.is_gaussian for prior in encoder.priors):
+            raise ValueError(
+                f'prior must be Gaussian for prior_kwargs={{"scale": "evidence"}}, got {peft_config.prior!r}'
+            )
         if not hasattr(self, "prompt_encoder"):
             self.prompt_encoder = nn.ModuleDict()
             self.base_model.requires_grad_(False)

@@ -25,6 +25,7 @@ class PriorPromptEncoder(BasePromptEncoder):
     Attributes:
         coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32.
         initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
+        free_scale: Whether the scale of the priors is found with the posterior, by the evidence.
 
     Output shape: `[S, P, d]`
     """
@@ -42,6 +43,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         self.register_buffer("initial_prompt", prompt.detach().float().clone())
         self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
         self.posterior = posterior
+        self.free_scale = False
 
     def forward(self, drawn: bool = False, weighted: bool = True) -> Any:
         """θ of every selected layer, shape `[S, P, d]`; in float32 also under autocast, as it is saved.
@@ -63,6 +65,21 @@ class PriorPromptEncoder(BasePromptEncoder):
             # Not the parameter itself: sharded training frees that as soon as this module has run.
             return coordinate.clone()
         return self._to_prompt(coordinate)
+
+    @torch.no_grad()
+    def rescale(self, factors: Tensor) -> None:
+        """Give each layer's prior a spread `factors` `[S]` times as wide; prompt and posterior stay what they are.
+
+        Raises:
+            ValueError: A prior is not Gaussian.
+        """
+        factors = factors.to(self.coordinate)
+        self.priors = nn.ModuleList(
+            prior.scaled(factor) for prior, factor in zip(self.priors, factors.tolist(), strict=True)
+        )
+        self.coordinate /= factors[:, None, None]
+        if self.posterior is not None:
+            self.posterior.scale_by(1 / factors[:, None, None])
 
     @property
     def is_variational(self) -> bool:

@@ -42,7 +42,11 @@ class Laplace(Inference):
         config, encoder = trainer.model.peft_config[name], trainer.model.prompt_encoder[name]
         gradients = fisher_gradients(trainer, self.num_draws)
         values, directions = curvature(gradients)
-        encoder.posterior = laplace_posterior(values / config.prior_weight, directions)
+        values, squared_norm = values / config.prior_weight, encoder.coordinate.square().sum().item()
+        precision = best_precision(squared_norm, values) if encoder.free_scale else 1.0
+        encoder.posterior = laplace_posterior(values, directions, precision)
+        if encoder.free_scale:
+            encoder.rescale(torch.full((len(encoder.priors),), precision**-0.5))
 
 
 def curvature(gradients: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,11 @@ class GaussianPosterior(nn.Module):
             noise = noise + torch.tensordot(_noise((count, len(self.factor)), generator, mean), self.factor, 1)
         return mean + noise
 
+    def scale_by(self, factor: Tensor) -> None:
+        """Multiply z by `factor`, shape `[S, 1, 1]`, in place."""
+        self.rho.data += factor.log() / SCALE_RATE
+        self.factor.data *= factor
+
     def entropy(self) -> Tensor:
         """Differential entropy of q(z), in nats."""
         flat, log_scale = self.factor.flatten(1), self.log_scale.flatten()
@@ -80,6 +85,11 @@ class DirectionalPosterior(nn.Module):
         super().__init__()
         for name, value in (("directions", directions), ("scale", scale), ("rest", rest)):
             self.register_buffer(name, value)
+
+    def scale_by(self, factor: Tensor) -> None:
+        """Multiply z by `factor`, shape `[S, 1, 1]`, the same for all layers, in place."""
+        self.scale *= factor.flatten()[0]
+        self.rest *= factor.flatten()[0]
 
     def variance(self, mean: Tensor) -> Tensor:
         """Variance of each coordinate, shape `[S, P, d]`."""

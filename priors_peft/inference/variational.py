@@ -12,6 +12,7 @@ from .posterior import GaussianPosterior
 
 if TYPE_CHECKING:
     from ..prompt import PriorPromptEncoder
+    from ..trainer import PriorTrainer
 
 
 class Variational(Inference):
@@ -45,6 +46,13 @@ class Variational(Inference):
         scale = torch.full(shape, float(self.initial_scale))
         return GaussianPosterior.of_scale(scale, factor, trained=True).to(encoder.coordinate.device)
 
+    def finish(self, trainer: "PriorTrainer") -> None:
+        for name in trainer.adapter_names:
+            encoder = trainer.model.prompt_encoder[name]
+            if encoder.free_scale:
+                second_moment = encoder.coordinate.square() + encoder.posterior.variance(encoder.coordinate)
+                encoder.rescale(second_moment.detach().mean((1, 2)).sqrt())
+
 
 def divergence(encoder: "PriorPromptEncoder", prompt: Tensor) -> Tensor:
     """KL(q ‖ p) in nats; against layers whose prior is not Gaussian estimated by one draw.
@@ -58,8 +66,11 @@ def divergence(encoder: "PriorPromptEncoder", prompt: Tensor) -> Tensor:
     expected = []
     for layer, prior in enumerate(encoder.priors):
         if prior.is_gaussian:
-            size = second_moment[layer].numel()
-            expected.append(-(second_moment[layer].sum() + size * math.log(2 * math.pi)) / 2)
+            size, total = second_moment[layer].numel(), second_moment[layer].sum()
+            if encoder.free_scale:
+                # At the scale c of least divergence, c² = mean E[z²].
+                total = size * (1 + (total / size).log())
+            expected.append(-(total + size * math.log(2 * math.pi)) / 2)
         else:
             volume = prior.scale_tril.diagonal().log().sum() * prompt.shape[1]
             expected.append(prior.log_prob(prompt[layer]) + volume)

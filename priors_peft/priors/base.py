@@ -30,6 +30,8 @@ class Prior(nn.Module, ABC):
     """Scale factor A, lower triangular, shape `[d, d]`."""
     is_gaussian: bool = False
     """Whether p(θ) is N(µ, AAᵀ), so that whitened coordinates are standard normal."""
+    root: str = "scale"
+    """Of a Gaussian prior, the buffer that A is proportional to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +82,17 @@ class Prior(nn.Module, ABC):
     def to_whitened(self, prompt: Tensor) -> Tensor:
         """z = A⁻¹(θ − µ), shape `[..., P, d]`: the drift from the location in prior standard deviations."""
         return solve_rows(self.scale_tril, self._checked(prompt) - self.loc)
+
+    def scaled(self, factor: float) -> Self:
+        """The same prior with `factor` times as wide a spread about its location.
+
+        Raises:
+            ValueError: It is not Gaussian.
+        """
+        if not self.is_gaussian:
+            raise ValueError(f"prior must be Gaussian for its scale to be changed, got {type(self).__name__}")
+        state = self.state_dict()
+        return type(self)(**state | {self.root: state[self.root] * factor})
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Self:

@@ -17,6 +17,7 @@ class BlockPrior(StructuredPrior):
         blocks: Cholesky factors A_b, lower triangular, shape `[d / size, size, size]`.
     """
 
+    root = "blocks"
     blocks: Tensor
 
     def __init__(self, loc: Tensor, blocks: Tensor) -> None:

@@ -26,6 +26,7 @@ class LowRankPrior(StructuredPrior):
         stretch: t >= 1, standard deviation along each direction in units of s, shape `[r]`.
     """
 
+    root = "scale"
     scale: Tensor
     directions: Tensor
     stretch: Tensor

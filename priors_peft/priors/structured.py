@@ -23,6 +23,7 @@ class StructuredPrior(Prior):
     """
 
     is_gaussian = True
+    root = "scale_tril"
     loc: Tensor
     scale_tril: Tensor
 

@@ -197,3 +197,29 @@ def test_algorithms_and_their_settings_are_named_in_errors():
         inference_from("svgd", {"k": 3})
     with pytest.raises(ValueError, match="num_particles must be an integer >= 2, got 1"):
         inference_from("svgd", {"num_particles": 1})
+
+
+def test_the_scale_of_most_evidence_is_found_with_the_posterior():
+    """Against a grid of scales, each with its own exact evidence."""
+    toy = Toy.make(rows=20, width=4)
+    encoder = toy.encoder()
+    encoder.free_scale = True
+    encoder.posterior = Variational(rank=4).start(encoder)
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4000)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        toy.loss(encoder).backward()
+        optimizer.step()
+        schedule.step()
+    prompt = encoder().detach()
+    draws = encoder.samples(5, torch.Generator().manual_seed(0)).detach()
+    factor = (encoder.coordinate.square() + encoder.posterior.variance(None)).detach().mean((1, 2)).sqrt()
+    grid = torch.logspace(-1, 1, 201)
+    exact = [Toy(toy.inputs, toy.outputs, toy.prior.scaled(float(scale)), 1.0).log_evidence for scale in grid]
+    best = grid[int(torch.tensor(exact).argmax())].item()
+    assert factor.item() == pytest.approx(best, rel=0.1)
+    encoder.rescale(factor)
+    assert torch.allclose(encoder(), prompt, atol=1e-5)
+    assert torch.allclose(encoder.samples(5, torch.Generator().manual_seed(0)), draws, atol=1e-5)
