@@ -77,7 +77,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         self.priors = nn.ModuleList(
             prior.scaled(factor) for prior, factor in zip(self.priors, factors.tolist(), strict=True)
         )
-        self.coordinate /= factors[:, None, None]
+        self.coordinate.div_(factors[:, None, None])
         if self.posterior is not None:
             self.posterior.scale_by(1 / factors[:, None, None])
 

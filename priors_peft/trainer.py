@@ -117,6 +117,7 @@ class PriorTrainer(HubTrainer):
     """
 
     compute_metrics: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -285,9 +286,11 @@ class PriorTrainer(HubTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer`'s; some algorithms have their own schedule."""
-        if self.lr_scheduler is None and self.inference.schedule(0, num_training_steps) is not None:
-            factor = partial(self.inference.schedule, steps=num_training_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        schedule, optimizer = self.inference.schedule, optimizer or self.optimizer
+        if schedule is not None and self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: schedule(step, num_training_steps)
+            )
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -3,9 +3,12 @@
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+
+from ..names import check_choice
 
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ class Inference:
     alone = False
     # What suits it; None for the trainer's own.
     learning_rate: float | None = None
+    # What the learning rate is multiplied by at a step of so many; None for the schedule that the arguments name.
+    schedule: Callable[[int, int], float] | None = None
 
     def start(self, encoder: "PriorPromptEncoder") -> "Posterior | None":
         """What is trained beside the encoder's coordinate."""
@@ -38,10 +43,6 @@ class Inference:
 
     def optimizer(self, trainer: "PriorTrainer") -> Optimizer | None:
         """The optimizer to train with; None for the one that the arguments name."""
-        return None
-
-    def schedule(self, step: int, steps: int) -> float | None:
-        """What the learning rate is multiplied by at a step; None for the schedule that the arguments name."""
         return None
 
     def before_step(self, trainer: "PriorTrainer") -> None:
@@ -66,8 +67,7 @@ def inference_from(name: str, settings: dict[str, Any]) -> Inference:
     Raises:
         ValueError: There is none, or a setting is not one of its own.
     """
-    if name not in inference_names():
-        raise ValueError(f"inference must be one of {', '.join(inference_names())}, got {name!r}")
+    check_choice("inference", name, inference_names())
     kind = getattr(importlib.import_module(f"{__package__}.{name}"), name.capitalize())
     known = list(inspect.signature(kind).parameters)
     unknown = sorted(settings.keys() - set(known))
