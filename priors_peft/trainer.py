@@ -469,7 +469,12 @@ def _check_processes(trainer: PriorTrainer) -> None:
         return
     if len(trainer.adapter_names) > 1:
         raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
-    if trainer.model.active_peft_config.prior_weight == "auto":
+    config = trainer.model.peft_config[trainer.adapter_names[0]]
+    if config.inference != "map":
+        raise ValueError(
+            f'inference must be "map" under DeepSpeed and FSDP, got {config.inference!r}: use DDP or one GPU'
+        )
+    if config.prior_weight == "auto":
         raise ValueError(
             'prior_weight must be a number under DeepSpeed and FSDP, got "auto": choose it with DDP or on one GPU'
         )

@@ -25,6 +25,7 @@ RUN_ELSEWHERE = {
     "README.md": "tests/test_readme.py",
     "docs/hub.md": "tests/hub/test_push.py",
     "docs/exports.md": "tests/hub/test_export.py",
+    "docs/posterior.md": "tests/inference/test_posterior_page.py",
 }
 RUN_HERE = {"docs/priors.md", "docs/tasks.md"}
 SHORT = ["--use_cpu", "--max_steps", "2", "--num_virtual_tokens", "4", "--disable_tqdm", "true"]

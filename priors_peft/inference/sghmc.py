@@ -55,7 +55,10 @@ class Sghmc(Inference):
         def is_noisy() -> bool:
             return self._position(trainer.state.global_step, trainer.state.max_steps)[1] >= self.exploration
 
-        return HamiltonianMonteCarlo([encoder.coordinate], trainer.args.learning_rate, self.friction, scale, is_noisy)
+        args = trainer.args
+        return HamiltonianMonteCarlo(
+            [encoder.coordinate], args.learning_rate, self.friction, scale, is_noisy, args.seed
+        )
 
     def schedule(self, step: int, steps: int) -> float:
         # Of the step's variance, as Zhang et al. have it.
@@ -101,13 +104,20 @@ class HamiltonianMonteCarlo(Optimizer):
         friction: α in (0, 1]; 1 is Langevin dynamics with step η.
         scale: What the gradient is multiplied by to become ∇U, in nats.
         is_noisy: Whether a step has noise; always if None.
+        seed: Of the noise, which is the same on all processes and in a run that is resumed.
     """
 
     def __init__(
-        self, params: Any, lr: float, friction: float, scale: float = 1.0, is_noisy: Callable[[], bool] | None = None
+        self,
+        params: Any,
+        lr: float,
+        friction: float,
+        scale: float = 1.0,
+        is_noisy: Callable[[], bool] | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "friction": friction, "scale": scale})
-        self._is_noisy = is_noisy
+        super().__init__(params, {"lr": lr, "friction": friction, "scale": scale, "step": 0})
+        self._is_noisy, self._seed = is_noisy, seed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -119,6 +129,8 @@ class HamiltonianMonteCarlo(Optimizer):
         noisy = self._is_noisy is None or self._is_noisy()
         for group in self.param_groups:
             variance, friction = group["lr"] ** 2, group["friction"]
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + group["step"])
+            group["step"] += 1
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -126,6 +138,7 @@ class HamiltonianMonteCarlo(Optimizer):
                 velocity: Tensor = state.setdefault("velocity", torch.zeros_like(parameter))
                 velocity.mul_(1 - friction).sub_(parameter.grad, alpha=variance * group["scale"])
                 if noisy:
-                    velocity.add_(torch.randn_like(velocity), alpha=math.sqrt(2 * friction * variance))
+                    noise = torch.randn(velocity.shape, generator=generator).to(velocity)
+                    velocity.add_(noise, alpha=math.sqrt(2 * friction * variance))
                 parameter.add_(velocity)
         return loss
