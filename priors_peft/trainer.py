@@ -469,7 +469,7 @@ def _check_processes(trainer: PriorTrainer) -> None:
         return
     if len(trainer.adapter_names) > 1:
         raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
-    config = trainer.model.peft_config[trainer.adapter_names[0]]
+    config = trainer.model.active_peft_config
     if config.inference != "map":
         raise ValueError(
             f'inference must be "map" under DeepSpeed and FSDP, got {config.inference!r}: use DDP or one GPU'

@@ -21,7 +21,11 @@ def trainer(processes: int = 8, rows: int = 8, **settings):
         is_fsdp_enabled=plugin is not None,
         adapter_names=settings.pop("adapter_names", ["default"]),
         model=SimpleNamespace(
-            active_peft_config=PriorConfig(num_virtual_tokens=4, prior_weight=settings.pop("prior_weight", 1.0))
+            active_peft_config=PriorConfig(
+                num_virtual_tokens=4,
+                prior_weight=settings.pop("prior_weight", 1.0),
+                inference=settings.pop("inference", "map"),
+            )
         ),
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
     )
@@ -49,6 +53,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(eight_processes):
     [
         ({"deepspeed": True, "adapter_names": ["a", "b"]}, "adapter_names must name one prompt"),
         ({"deepspeed": True, "prior_weight": "auto"}, 'prior_weight must be a number .* got "auto"'),
+        ({"deepspeed": True, "inference": "svgd"}, 'inference must be "map" .* got .svgd.'),
         ({"deepspeed": True, "bf16": True}, "bf16 and fp16 must be off under DeepSpeed and FSDP"),
         ({"plugin": SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)}, "fsdp_version 2"),
         ({"plugin": SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)}, "efficient_loading false"),

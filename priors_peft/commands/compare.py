@@ -341,11 +341,13 @@ def _place(place: dict[str, dict[str, Any]]) -> str:
         lines.append(
             [tuning, str(one["runs"]), f"{one['moved']:.3f}", f"{one['to_other_starts']:.3f}", *shares, *far, *test]
         )
-    chance = next(iter(place.values()))["chance"]
+    chances = {tuning: f"{one['chance']:.0%}" for tuning, one in place.items()}
+    alike = len(set(chances.values())) == 1
+    chance = next(iter(chances.values())) if alike else ", ".join(f"{value} ({of})" for of, value in chances.items())
     return (
         '## "Priors strongly affect the position of the tuned embeddings"\n\nDistances are root mean squares over '
         "coordinates: moved from the own start, to the starts of other priors, and between trained prompts that differ in "
-        f"one thing alone. Chance of the own prior being the likeliest: {chance:.0%}. MMD² between virtual tokens of runs of "
+        f"one thing alone. Chance of the own prior being the likeliest: {chance}. MMD² between virtual tokens of runs of "
         f"different priors and of one prior, and the permutation test's p.\n\n{markdown_table(heads, lines)}"
     )
 
@@ -370,7 +372,8 @@ def _regions(regions: dict[str, Any]) -> str:
     ]
     return (
         '## "Models can work with embeddings from new regions"\n\nShare of virtual tokens at the embedding layer that lie '
-        f"further out (Mahalanobis) than {INSIDE:.0%} of the vocabulary.\n\n{markdown_table(heads, lines)}\n\n"
+        f"further out (Mahalanobis) than {INSIDE:.0%} of the vocabulary. Gains are means over tasks and seeds ± their "
+        f"standard error, of which the difference between tasks is a part.\n\n{markdown_table(heads, lines)}\n\n"
         "Far is more than half of a prompt's virtual tokens; nll of runs that started there less that of the runs of the same "
         "task and seed that did not:\n\n" + "\n".join(f"- {line}" for line in said)
     )
