@@ -100,6 +100,9 @@ class PriorConfig(PromptLearningConfig):
         self.peft_type = PeftType.PROMPT_TUNING if self.tuning == "soft" else PeftType.PREFIX_TUNING
 
     def _check_posterior(self) -> None:
+        for name in ("prior_kwargs", "inference_kwargs"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a dict of settings, got {getattr(self, name)!r}")
         if self.prior_kwargs.get("scale") == "evidence" and self.inference not in ("variational", "laplace"):
             raise ValueError(
                 f'inference must be variational or laplace for a scale by "evidence", got {self.inference!r}'

@@ -45,7 +45,7 @@ class PriorTrainingArguments(TrainingArguments):
         learning_rate: 0.3 in whitened coordinates if None; in plain ones 0.3 prior standard deviations.
         max_length: Most tokens of a row, virtual tokens not counted; the model's context less the prompt if None.
         max_new_tokens: Most tokens generated for an answer in evaluation.
-        num_draws: Prompts drawn from the posterior whose token probabilities evaluation averages; where the posterior
+        posterior_draws: Prompts drawn from the posterior whose token probabilities evaluation averages; where the posterior
             is a point, as in MAP, it is the prompt itself.
         prior_weight_schedule: How `prior_weight` changes in training, see `inference.map.weight_factor`.
         train_sampling_strategy: `"random"` if None, or `"group_by_length"` where rows must be padded (ALiBi models,
@@ -68,7 +68,7 @@ class PriorTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "random if unset, or group_by_length for models whose rows must be padded"},
     )
-    num_draws: int = field(
+    posterior_draws: int = field(
         default=8, metadata={"help": "Prompts drawn from the posterior in evaluation, if it is not a point"}
     )
     prior_weight_schedule: str = field(
@@ -366,7 +366,7 @@ class PriorTrainer(HubTrainer):
             with self.model.cached_prompt():
                 for name in self.adapter_names:
                     self.model.active_adapter = name
-                    with self.model.averaged(self.args.num_draws):
+                    with self.model.averaged(self.args.posterior_draws):
                         output = super().evaluation_loop(
                             dataloader, description, False, ignore_keys, metric_key_prefix
                         )

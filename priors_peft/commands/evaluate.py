@@ -21,7 +21,7 @@ class EvaluationArguments:
 
     batch_size: int = field(default=16, metadata={"help": "Rows a batch"})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures go as JSON too"})
-    num_draws: int = field(default=8, metadata={"help": "Prompts drawn from the posterior, if it is not a point"})
+    posterior_draws: int = field(default=8, metadata={"help": "Prompts drawn from the posterior, if it is not a point"})
     initial: bool = field(default=False, metadata={"help": "Measure the prompt as it was before training too"})
 
 
@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> None:
         encoder.load_state_dict(saved.encoder().state_dict())
     figures[adapter] = evaluate(model, tokenizer, task, args.batch_size, "With prompt")
     if model.prompt_encoder["default"].posterior is not None:
-        with model.averaged(args.num_draws):
-            name = f"averaged over {args.num_draws} draws"
+        with model.averaged(args.posterior_draws):
+            name = f"averaged over {args.posterior_draws} draws"
             figures[name] = evaluate(model, tokenizer, task, args.batch_size, "With draws")
     print(table(figures))
     _keep(adapter, task, {"this prompt" if name == adapter else name: of for name, of in figures.items()})
