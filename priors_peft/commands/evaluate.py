@@ -21,7 +21,9 @@ class EvaluationArguments:
 
     batch_size: int = field(default=16, metadata={"help": "Rows a batch"})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures go as JSON too"})
-    posterior_draws: int = field(default=8, metadata={"help": "Prompts drawn from the posterior, if it is not a point"})
+    posterior_draws: int = field(
+        default=8, metadata={"help": "Prompts drawn from the posterior, if it is not a point"}
+    )
     initial: bool = field(default=False, metadata={"help": "Measure the prompt as it was before training too"})
 
 

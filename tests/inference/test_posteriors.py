@@ -20,19 +20,23 @@ def close(value, expected, tolerance):
     return bool((value - expected).abs().max() <= tolerance * expected.abs().max())
 
 
+def fit(toy, encoder, steps):
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        toy.loss(encoder).backward()
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_the_variational_optimum_is_the_posterior_mean_and_its_conditional_variances(temperature):
     toy = Toy.make(temperature=temperature)
     encoder = toy.encoder()
     encoder.posterior = Variational().start(encoder)
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
-    for _ in range(3000):
-        optimizer.zero_grad()
-        toy.loss(encoder).backward()
-        optimizer.step()
-        schedule.step()
+    fit(toy, encoder, 3000)
     assert close(encoder.coordinate.detach()[0, 0], toy.mean, 0.02)
     # Of independent coordinates the nearest have the posterior's precisions.
     assert close(encoder.posterior.variance(None).detach()[0, 0], 1 / torch.linalg.inv(toy.covariance).diagonal(), 0.1)
@@ -42,14 +46,7 @@ def test_the_variational_optimum_of_full_rank_is_the_posterior():
     toy = Toy.make()
     encoder = toy.encoder()
     encoder.posterior = Variational(rank=4).start(encoder)
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4000)
-    for _ in range(4000):
-        optimizer.zero_grad()
-        toy.loss(encoder).backward()
-        optimizer.step()
-        schedule.step()
+    fit(toy, encoder, 4000)
     mean, covariance = moments(encoder)
     assert close(mean, toy.mean, 0.05) and close(covariance, toy.covariance, 0.15)
 
@@ -205,14 +202,7 @@ def test_the_scale_of_most_evidence_is_found_with_the_posterior():
     encoder = toy.encoder()
     encoder.free_scale = True
     encoder.posterior = Variational(rank=4).start(encoder)
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4000)
-    for _ in range(4000):
-        optimizer.zero_grad()
-        toy.loss(encoder).backward()
-        optimizer.step()
-        schedule.step()
+    fit(toy, encoder, 4000)
     prompt = encoder().detach()
     draws = encoder.samples(5, torch.Generator().manual_seed(0)).detach()
     factor = (encoder.coordinate.square() + encoder.posterior.variance(None)).detach().mean((1, 2)).sqrt()
