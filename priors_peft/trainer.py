@@ -472,7 +472,7 @@ def _check_processes(trainer: PriorTrainer) -> None:
     config = trainer.model.active_peft_config
     if config.inference != "map":
         raise ValueError(
-            f'inference must be "map" under DeepSpeed and FSDP, got {config.inference!r}: use DDP or one GPU'
+            f'inference must be "map" under DeepSpeed and FSDP, got {config.inference!r}: train on one GPU'
         )
     if config.prior_weight == "auto":
         raise ValueError(
