@@ -57,7 +57,3 @@ def _help() -> str:
             "`priors-peft COMMAND --help` lists the flags; a recipe's keys are the flags' names.",
         ]
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

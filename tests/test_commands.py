@@ -335,14 +335,20 @@ def test_help_needs_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in COMMANDS) and done.stdout.endswith("False\n")
     assert main(["tune"]) == 2
+    again = subprocess.run([sys.executable, "-m", "priors_peft", "--help"], capture_output=True, text=True, check=True)
+    assert again.stdout == done.stdout.removesuffix("False\n")
 
 
 @pytest.mark.slow
-def test_accelerate_launches_the_recipe_script(base, rows, tmp_path):
+def test_accelerate_launches_the_recipe_script_and_the_commands(base, rows, tmp_path):
     script = Path(__file__).parents[1] / "recipes" / "train.py"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(script)]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch = [*accelerate, str(script)]
     flags = ["--model", base, "--train_file", rows, "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*launch, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    launch = [*accelerate, "-m", "priors_peft", "evaluate", str(tmp_path / "out"), "--train_file", rows]
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "NLL (nats/token)" in done.stdout, done.stderr

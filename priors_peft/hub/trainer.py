@@ -53,17 +53,17 @@ class HubTrainer(Trainer):
 
     # Facts and card
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s."""
-        self._evaluated = None  # figures of another prompt
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; figures that were measured since the last training are those before this one."""
+        step, figures = self._evaluated or (None, None)
+        same = step == self.state.global_step and not (step and resume_from_checkpoint)
+        self._before, self._evaluated = figures if same else None, None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer`'s; figures of the trainer's own evaluation rows go onto the card, if the prompt was saved."""
         figures = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and not self.is_in_train:
-            if self.state.global_step == 0:
-                self._before = figures
             self._evaluated = self.state.global_step, figures
             if self._saved and self.is_world_process_zero():
                 self._try_card(Path(self.args.output_dir))

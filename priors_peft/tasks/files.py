@@ -97,12 +97,19 @@ def load_hub(name: str, config: str | None = None, instead: str = "pass a folder
 
     Raises:
         OSError: It can't be reached; the message says what to pass instead.
-        ValueError: There is no split `train`.
+        ValueError: Its files can't be read, or there is no split `train`.
     """
     import datasets
+    from datasets.exceptions import DatasetBuildError
 
     try:
         splits = datasets.load_dataset(name) if config is None else datasets.load_dataset(name, config)
+    # RuntimeError: it is a script, which `datasets` no longer runs.
+    except (DatasetBuildError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"dataset {name!r} was found, but can't be built from its files ({reason}). Mend the files, or {instead}"
+        ) from error
     except OSError as error:
         raise OSError(
             f"dataset {name!r} can't be loaded ({error}). Check the name and the network "

@@ -122,7 +122,11 @@ def test_the_initial_prompts_results_are_those_before_training(tmp_path):
     assert figures(ModelCard.load(tmp_path / CARD))["nll"] == pytest.approx(after, abs=1e-5)
     trainer.train()
     trainer.save_model()
-    assert read_facts(tmp_path).results == {}  # they were another prompt's
+    facts = read_facts(tmp_path)  # what came of the first training is where the second began
+    assert facts.initial_results == {"default": {"loss": after}} and facts.results == {}
+    trainer.train()  # nothing was measured since
+    trainer.save_model()
+    assert read_facts(tmp_path).initial_results == {}
 
 
 def test_of_the_best_model_the_best_steps_results_are_told(tmp_path):

@@ -106,6 +106,12 @@ def test_the_real_client_loads_the_hubs_parquet_files(archive, hub, tmp_path, mo
         OSError, match="dataset 'user/none' can't be loaded .* pass a folder with SuperGLUE's jsonl files"
     ):
         load_task("rte", dataset="user/none")
+    datasets.Dataset.from_dict({"other": [1]}).to_parquet(tmp_path / "part.parquet")
+    for name, content in (("damaged", b"no parquet"), ("mixed", (tmp_path / "part.parquet").read_bytes())):
+        hub.create(f"datasets/user/{name}")
+        hub.commit(f"datasets/user/{name}", "main", "data", files | {splits["validation"]: content})
+        with pytest.raises(ValueError, match=f"dataset 'user/{name}' was found, but can't be built .* data_dir"):
+            load_task("rte", dataset=f"user/{name}")
 
 
 def test_the_hubs_own_names_of_classes_win_over_our_order(monkeypatch):
