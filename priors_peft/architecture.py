@@ -112,7 +112,7 @@ def replace_prompts(
             return None  # a decoding step: the prompt has gone by
         parts, cursor = [], 0
         for start, theta in prompts:
-            parts += [hidden[:, cursor:start], theta.to(hidden.dtype).expand(len(hidden), -1, -1)]
+            parts += [hidden[:, cursor:start], theta.to(hidden).expand(len(hidden), -1, -1)]
             cursor = start + len(theta)
         hidden = torch.cat([*parts, hidden[:, cursor:]], dim=1)
         if arguments:

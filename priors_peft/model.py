@@ -403,6 +403,7 @@ class PriorPeftModel(PeftModelForCausalLM):
 
     # The posterior
 
+    @torch.no_grad()
     def posterior_samples(self, count: int, seed: int = 0, adapter_name: str | None = None) -> Tensor:
         """Prompts θ drawn from the posterior, shape `[count, S, P, d]`; the same for the same seed.
 
@@ -482,7 +483,10 @@ class PriorPeftModel(PeftModelForCausalLM):
             kwargs.setdefault("synced_gpus", True)  # a process that is done goes on for those that are not
         if self._concatenates(self.training):
             if self._averaged is not None:
-                raise ValueError(f"draws can't be averaged in generation by {type(base).__name__}, which has no cache")
+                raise ValueError(
+                    f"draws can't be averaged in generation by {type(base).__name__}, whose prompt leaves no key/value "
+                    "cache: call generate outside of averaged, for the posterior's mean"
+                )
             kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
             with deep_prompts(base, [(0, prompt)]):
                 generated = base.generate(**kwargs)
@@ -495,8 +499,6 @@ class PriorPeftModel(PeftModelForCausalLM):
         # Trainer switches the cache off in the base model's configuration; here it holds the prompt.
         kwargs["use_cache"] = True
         if self._averaged is not None:
-            if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
-                raise ValueError("num_beams must be 1 where draws are averaged: a beam's cache would be of one draw")
             drawn = [replace(prompt, theta=theta) for theta in self._draws(self.active_adapter)]
             caches = [self._state((self.active_adapter, number), one).cache for number, one in enumerate(drawn)]
             kwargs["past_key_values"] = joined_caches(caches, len(text) * repeats)

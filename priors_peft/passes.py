@@ -1,4 +1,7 @@
-"""How prompts and text run through the frozen layers; every way gives the same final hidden states."""
+"""How prompts and text run through the frozen layers; every way gives the same final hidden states.
+
+They come back to the device that the text went in on: a model's layers may lie on several.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -49,7 +52,7 @@ def prompt_pass(model: PreTrainedModel, prompt: Prompt) -> PromptState:
     start = prompt.theta[:1].to(model.get_input_embeddings().weight.dtype)
     with deep_prompts(model, [(0, prompt)]):
         outputs = decoder(model)(inputs_embeds=start, use_cache=True)
-    return PromptState(outputs.past_key_values, outputs.last_hidden_state[:, -1:])
+    return PromptState(outputs.past_key_values, outputs.last_hidden_state[:, -1:].to(start.device))
 
 
 def packed_pass(
@@ -93,7 +96,7 @@ def packed_pass(
             position_ids=packed.position_ids[:, cached:],
             past_key_values=expand_cache(state.cache, 1) if state else None,
             **{"use_cache": False, **options},
-        ).last_hidden_state
+        ).last_hidden_state.to(embeddings.device)
     if state:
         hidden = torch.cat([state.last, hidden], dim=1)
     return hidden[0, packed.predictors - (cached - 1 if state else 0)]
@@ -104,7 +107,7 @@ def cached_pass(model: PreTrainedModel, state: PromptState, text: Text, options:
     text, cache = text.after(state.cache.get_seq_length()), expand_cache(state.cache, text.batch_size)
     outputs = continued(decoder(model), text, cache, options)
     last = state.last.expand(text.batch_size, -1, -1)
-    outputs.last_hidden_state = torch.cat([last, outputs.last_hidden_state], dim=1)
+    outputs.last_hidden_state = torch.cat([last, outputs.last_hidden_state.to(last.device)], dim=1)
     return outputs
 
 
@@ -127,16 +130,17 @@ def concatenated_pass(model: PreTrainedModel, prompt: Prompt, text: Text, option
     if position_ids is not None:
         before = torch.arange(count, device=position_ids.device).expand(text.batch_size, -1)
         position_ids = torch.cat([before, position_ids], dim=1)
+    embeddings = prompted_embeddings(model, prompt, text)
     with deep_prompts(model, [(0, prompt)]):
         outputs = decoder(model)(
-            inputs_embeds=prompted_embeddings(model, prompt, text),
+            inputs_embeds=embeddings,
             attention_mask=text.attention_mask,
             **positions(model, position_ids),
             **{"use_cache": False, **options},
         )
     if outputs.get("hidden_states") is not None:
         outputs.hidden_states = tuple(hidden[:, count:] for hidden in outputs.hidden_states)
-    outputs.last_hidden_state = outputs.last_hidden_state[:, count - 1 :]
+    outputs.last_hidden_state = outputs.last_hidden_state[:, count - 1 :].to(embeddings.device)
     return outputs
 
 

@@ -118,6 +118,7 @@ class PriorTrainer(HubTrainer):
 
     compute_metrics: Any
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -145,7 +146,6 @@ class PriorTrainer(HubTrainer):
         _check_adapters(model, self.adapter_names, learning_rates, args)
         config = model.peft_config[self.adapter_names[0]]
         self.inference = inference_from(config.inference, config.inference_kwargs)
-        self.adapter_names = self.inference.prompts(model, self.adapter_names[0]) + self.adapter_names[1:]
         usual = args.learning_rate or self.inference.learning_rate
         rates = {name: usual or _learning_rate(model, name) for name in self.adapter_names}
         self.learning_rates = rates | (learning_rates or {})
@@ -188,10 +188,9 @@ class PriorTrainer(HubTrainer):
         self._loss_shifts_labels = False
         # First, so that what reports (TensorBoard and the like) sees the figures and is still open for pictures.
         callbacks = self.callback_handler.callbacks
-        callbacks[:0] = [PriorCallback(), TrackingCallback(callbacks)]
-        self.add_callback(_Inferring(self))
+        callbacks[:0] = [_Inferring(self), PriorCallback(), TrackingCallback(callbacks)]
         self._nll: Tensor | float = 0.0
-        self._step_nll = torch.zeros(len(self.adapter_names))
+        self._step_nll: Tensor
         self._logged_step: int | None = None
 
     @staticmethod
@@ -222,6 +221,7 @@ class PriorTrainer(HubTrainer):
         if config.prior_weight == "auto":
             config.prior_weight = choose_weight(self)
         self._nll, self._logged_step = 0.0, None
+        self._begin()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -229,9 +229,23 @@ class PriorTrainer(HubTrainer):
                     f"resume_from_checkpoint must be False for the first run, got True, but {self.args.output_dir!r} "
                     "holds no whole checkpoint"
                 )
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.inference.finish(self)
-        return result
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _begin(self) -> None:
+        """Take up what an algorithm trains beside the prompt, and let go of a posterior found before, if it is not trained."""
+        name, *others = self.adapter_names
+        added = self.inference.prompts(self.model, name)[1:]
+        if not set(added) <= set(others):
+            self.adapter_names += added
+            # Those of before do not know them.
+            self.optimizer, self.model_wrapped = None, self.model
+        for other in added:
+            self.learning_rates[other] = self.learning_rates[name]
+            self.model.set_requires_grad(other, True)
+            share(self.model.prompt_encoder[other], self.args.device)
+        for encoder in map(self.model.prompt_encoder.__getitem__, self.adapter_names):
+            if not encoder.is_variational:
+                encoder.posterior = None
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Trainer looks for the end after a step only: a run that is resumed from its last step would take one more.
@@ -291,6 +305,7 @@ class PriorTrainer(HubTrainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: schedule(step, num_training_steps)
             )
+            self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -311,11 +326,12 @@ class PriorTrainer(HubTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # The likelihood alone: inside an exclusion prior's region −log p(θ) is infinite, and its gradient leads out.
-        if not torch.isfinite(self._step_nll).all():
+        nll = self.accelerator.reduce(self._step_nll.clone(), "sum")  # so that all processes stop
+        if not torch.isfinite(nll).all():
             checkpoint = last_checkpoint(self.args.output_dir)
             kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
             raise FloatingPointError(
-                f"the loss became {self._step_nll.sum().item()} after step {self.state.global_step}; training was stopped before the "
+                f"the loss became {nll.sum().item()} after step {self.state.global_step}; training was stopped before the "
                 f"prompt was changed by it, and {kept}. Lower learning_rate ({self.args.learning_rate}) and resume"
             )
         return loss
@@ -427,6 +443,9 @@ class _Inferring(TrainerCallback):
 
     def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
         self._trainer.inference.step(self._trainer)
+
+    def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
+        self._trainer.inference.finish(self._trainer)
 
 
 def _check_types(model: Any, args: Any, processing_class: Any) -> None:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import addition_rows, make_model, make_tokenizer
+from safetensors.torch import load_file
 from test_model import assert_close, without_dropout
 from test_packing import LENGTHS, ours_on, padded, rows, tuned
 
@@ -10,6 +12,9 @@ from priors_peft import PriorConfig, PriorTrainer, PriorTrainingArguments, get_p
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+AHEAD = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head")
+BEHIND = ("model.layers.1", "model.layers.2", "model.norm")
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -42,3 +47,27 @@ def test_training_and_evaluation_run_there(tmp_path, names):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     assert model.prompt_encoder["default"].coordinate.device.type == "cuda"
+
+
+@pytest.mark.parametrize("tuning", ["soft", "deep"])
+def test_a_model_whose_layers_lie_on_two_devices_gives_what_it_gives_on_one(tmp_path, tuning):
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, tuning=tuning))
+    batch, found = padded(rows(LENGTHS["uneven"], common=1), "right"), []
+    for device in ("cpu", "cuda"):
+        if device != "cpu":
+            # As accelerate's `dispatch_model` has it, which computes on no CPU beside a GPU.
+            of_module = {model.base_model.get_submodule(name): device for name in AHEAD}
+            of_module |= {model.base_model.get_submodule(name): "cpu" for name in BEHIND}
+            for module, place in of_module.items():
+                add_hook_to_module(module.to(place), AlignDevicesHook(place))
+            add_hook_to_module(model.base_model, AlignDevicesHook(device, io_same_device=True))
+            model.prompt_encoder.to(device)
+            batch = {name: part.to(device) for name, part in batch.items()}
+        outputs = model.eval()(**batch)
+        loss, gradient = ours_on(model.train(), [batch], 1)
+        model.save_pretrained(str(tmp_path))
+        stock = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+        found.append([part.detach().cpu() for part in (loss, gradient, outputs.logits, outputs.row_nll, stock)])
+        model.zero_grad()
+    for alone, spread in zip(*found, strict=True):
+        assert_close(spread, alone, 1e-3)

@@ -103,7 +103,7 @@ def stock_adapter(
             )
         _, heads, _, width = shapes.pop()
         # PEFT's layout: layer l's key in slot 2l, its value in slot 2l + 1, each [P, heads, width].
-        slots = [states[0].transpose(0, 1) for layer in cache.layers for states in (layer.keys, layer.values)]
+        slots = [states[0].transpose(0, 1).cpu() for layer in cache.layers for states in (layer.keys, layer.values)]
         weights = torch.stack(slots, dim=1).flatten(1)
         stock = PrefixTuningConfig(
             **shared, token_dim=heads * width, num_attention_heads=heads, encoder_hidden_size=heads * width
@@ -259,7 +259,7 @@ def read_adapter(
     _check_hashes(described, weights_path, prior_path)
     own = None if config is None or isinstance(config.prior, str) else config.prior
     saved = _config_from(described, prior_config, own, from_hub)
-    family, coordinates = saved.prior, saved.coordinates
+    family, coordinates, inference = saved.prior, saved.coordinates, saved.inference
     if config is not None:
         saved = _overridden(saved, config)
     saved.inference_mode = not is_trainable
@@ -272,7 +272,8 @@ def read_adapter(
     prompt, initial_prompt = state["prompt"], state["initial_prompt"]
     if saved.coordinates != coordinates:
         return SavedAdapter(saved, provenance, priors, prompt, initial_prompt)
-    return SavedAdapter(saved, provenance, priors, prompt, initial_prompt, state["coordinate"], _posterior(state))
+    posterior = _posterior(state) if saved.inference == inference else {}  # another algorithm finds its own
+    return SavedAdapter(saved, provenance, priors, prompt, initial_prompt, state["coordinate"], posterior)
 
 
 def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:

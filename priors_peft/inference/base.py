@@ -38,7 +38,7 @@ class Inference:
         return None
 
     def prompts(self, model: Any, name: str) -> list[str]:
-        """The prompts that are trained for the prompt `name`, itself first."""
+        """The prompts that are trained for the prompt `name`, itself first; called when training begins or is resumed."""
         return [name]
 
     def optimizer(self, trainer: "PriorTrainer") -> Optimizer | None:

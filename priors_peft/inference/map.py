@@ -50,6 +50,7 @@ def choose_weight(trainer: "PriorTrainer") -> float:
     The trainer's prompt starts from the same place each time and is put back there.
 
     Raises:
+        FloatingPointError: The loss became NaN or infinite with each of them.
         ValueError: There are too few rows to hold some out.
     """
     rows = trainer.train_dataset
@@ -70,6 +71,11 @@ def choose_weight(trainer: "PriorTrainer") -> float:
         config.prior_weight = "auto"
         encoder.coordinate.data.copy_(start)
     chosen = min(losses, key=lambda weight: losses[weight])
+    if losses[chosen] == math.inf:
+        raise FloatingPointError(
+            f"the loss became NaN or infinite with every prior_weight in {WEIGHT_GRID}: lower learning_rate "
+            f"({trainer.args.learning_rate})"
+        )
     tried = ", ".join(f"{weight:g}: {loss:.3f}" for weight, loss in losses.items())
     logger.warning("prior_weight=%g was chosen by held-out nats per token (%s)", chosen, tried)
     return chosen
@@ -91,6 +97,9 @@ def _held_out_loss(trainer: "PriorTrainer", train: Any, test: Any) -> float:
     )
     # Its snapshots would take the place of the real training's.
     trial.remove_callback(PriorCallback)
-    trial.train()
+    try:
+        trial.train()
+    except FloatingPointError:
+        return math.inf
     loss = trial.evaluate()["eval_loss"]
     return loss if math.isfinite(loss) else math.inf

@@ -195,7 +195,13 @@ def averaging_forward(model: PreTrainedModel, count: int) -> Iterator[None]:
 
 def joined_caches(caches: list[DynamicCache], batch_size: int) -> DynamicCache:
     """Caches at batch 1 side by side for each of `batch_size` rows: row 0 with every cache, row 1 with every cache, ..."""
-    joined = expand_cache(caches[0], 1)
+    joined, count = expand_cache(caches[0], 1), len(caches)
+    reorder = joined.reorder_cache
+
+    def reorder_rows(rows: Tensor) -> None:
+        reorder((rows[:, None] * count + torch.arange(count, device=rows.device)).flatten())
+
+    joined.reorder_cache = reorder_rows  # type: ignore[method-assign]  # beams change places, each with all its draws
     for layer, parts in zip(joined.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
         if layer.is_initialized:
             for name in ("keys", "values"):

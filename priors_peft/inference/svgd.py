@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Svgd(Inference):
     """Liu & Wang (2016), with a Gaussian kernel on z whose bandwidth is their median heuristic.
 
-    The particles are prompts of one model, trained at once; they start at draws of the prior. In many dimensions the
+    The particles are prompts of one model, trained at once; they start at draws of the prior, or
+    where training before left them. In many dimensions the
     kernel hardly keeps them apart (Zhuo et al., 2018): expect an ensemble rather than the posterior's spread.
 
     Args:
@@ -37,16 +38,21 @@ class Svgd(Inference):
 
     def prompts(self, model: Any, name: str) -> list[str]:
         names = [name, *(f"{name}_particle{number}" for number in range(1, self.num_particles))]
-        for number, particle in enumerate(names[1:], 1):
-            if particle in model.peft_config:  # of training that was stopped
-                continue
-            config, encoder = copy.copy(model.peft_config[name]), copy.deepcopy(model.prompt_encoder[name])
-            generator = torch.Generator().manual_seed(config.seed + number)
-            count = config.num_virtual_tokens
-            encoder.set_prompt(torch.stack([prior.cpu().sample(count, generator) for prior in encoder.priors]))
-            model.prompt_encoder[particle] = encoder.to(model.prompt_encoder[name].coordinate.device)
-            model.peft_config[particle] = config
-            model.provenance[particle] = model.provenance.get(name, [])
+        first, config = model.prompt_encoder[name], model.peft_config[name]
+        draws: Any = first.posterior.draws if isinstance(first.posterior, SampledPosterior) else []
+        first.posterior = None
+        for number, particle in enumerate(names):
+            encoder = first
+            if particle not in model.peft_config:  # where training was stopped they are there
+                encoder = copy.deepcopy(first)
+                generator = torch.Generator().manual_seed(config.seed + number)
+                start = [prior.cpu().sample(config.num_virtual_tokens, generator) for prior in encoder.priors]
+                encoder.set_prompt(torch.stack(start))
+                model.prompt_encoder[particle] = encoder.to(first.coordinate.device)
+                model.peft_config[particle] = copy.copy(config)
+                model.provenance[particle] = model.provenance.get(name, [])
+            if number < len(draws):
+                model.prompt_encoder[particle].coordinate.data.copy_(draws[number])
         return names
 
     def before_step(self, trainer: "PriorTrainer") -> None:

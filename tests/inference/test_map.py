@@ -7,7 +7,7 @@ import torch
 from conftest import addition_rows, make_model, make_tokenizer
 from test_trainer import coordinate, make_trainer
 
-from priors_peft import PriorConfig, PriorPromptEncoder, PriorTrainingArguments, get_prior_model
+from priors_peft import PriorConfig, PriorPromptEncoder, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.inference.map import WEIGHT_GRID, weight_factor
 from priors_peft.priors import GaussianPrior, StructuredPrior
 
@@ -84,6 +84,27 @@ def test_auto_takes_the_weight_with_the_least_held_out_loss(tmp_path, caplog):
     few = make_trainer(tmp_path, rows=4, config={"num_virtual_tokens": 4, "prior_weight": "auto"})
     with pytest.raises(ValueError, match='prior_weight="auto" needs at least 5 training rows'):
         few.train()
+
+
+def test_auto_counts_a_weight_whose_training_fails_as_the_worst(tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(tmp_path, rows=30, config={"num_virtual_tokens": 4, "prior_weight": "auto"}, max_steps=2)
+    step = PriorTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.model.active_peft_config.prior_weight in failing.weights:
+            with torch.no_grad():
+                self.model.prompt_encoder["default"].coordinate[:] = math.nan
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PriorTrainer, "training_step", failing)
+    failing.weights = WEIGHT_GRID
+    with pytest.raises(FloatingPointError, match="with every prior_weight in .*: lower learning_rate"):
+        trainer.train()
+    failing.weights = WEIGHT_GRID[:2]
+    trainer.train()
+    assert "0: inf, 0.03: inf" in caplog.text
+    assert trainer.model.active_peft_config.prior_weight in WEIGHT_GRID[2:]
+    assert coordinate(trainer).isfinite().all()
 
 
 def test_a_point_prior_trains_with_weight_zero_and_is_refused_above(tmp_path):

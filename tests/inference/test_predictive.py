@@ -1,15 +1,17 @@
 """The posterior in training, in a folder, and in what is predicted from it."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import addition_rows, make_model, make_tokenizer
+from conftest import VOCABULARY, addition_rows, make_model, make_tokenizer
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_trainer import coordinate, make_trainer
 
 from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
-from priors_peft.inference.posterior import GaussianPosterior, SampledPosterior
+from priors_peft.inference.posterior import SCALE_RATE, GaussianPosterior, SampledPosterior
 from priors_peft.inference.predictive import calibration, predict
 
 
@@ -74,6 +76,62 @@ def test_resumed_training_ends_with_the_same_posterior(tmp_path, inference):
     resumed = trained(tmp_path / "cut", inference, resume=str(cut), max_steps=8)
     assert torch.equal(coordinate(whole), coordinate(resumed))
     assert torch.equal(whole.model.posterior_samples(4), resumed.model.posterior_samples(4))
+
+
+@pytest.mark.parametrize("inference", ["sghmc", "svgd"])
+def test_training_again_starts_anew_from_where_it_ended(tmp_path, inference):
+    trainer = trained(tmp_path, inference, max_steps=8)
+    before = trainer.model.posterior_samples(9).unique(dim=0)
+    trainer.train()
+    after = trainer.model.posterior_samples(9).unique(dim=0)
+    assert after.isfinite().all() and len(after) == len(before) == {"sghmc": 4, "svgd": 3}[inference]
+    trainer.save_model()
+    model = PriorPeftModel.from_pretrained(make_model(), str(tmp_path), is_trainable=True)
+    again, mean = make_trainer(tmp_path, model=model), model.prompt("default").theta
+    again._begin()
+    starts = torch.stack([model.prompt(name).theta for name in again.adapter_names]).unique(dim=0)
+    # Particles go on from where they were, a chain from the mean of its draws.
+    assert torch.allclose(starts, after if inference == "svgd" else mean[None], atol=1e-6)
+    assert model.prompt_encoder["default"].posterior is None
+
+
+@pytest.mark.parametrize("config", [{}, {"prior_kwargs": {"scale": "evidence"}}], ids=["fixed", "evidence"])
+def test_the_best_state_comes_back_with_its_own_posterior(tmp_path, config):
+    # A learning rate that ruins what the first steps found.
+    trainer = make_trainer(
+        tmp_path,
+        config={"inference": "variational", "prior_weight": 0.1} | config,
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=2,
+        eval_steps=2,
+        max_steps=8,
+        learning_rate=30.0,
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-8"
+    encoder, saved = trainer.model.prompt_encoder["default"], load_file(best / "prior.safetensors")
+    if config:  # afterwards the prior is as wide as that state's evidence has it
+        spread = saved["coordinate"].square() + (2 * SCALE_RATE * saved["posterior.rho"]).exp()
+        saved["coordinate"] /= spread.mean().sqrt()
+        saved["posterior.rho"] -= spread.mean().log() / (2 * SCALE_RATE)
+    assert torch.allclose(encoder.coordinate, saved["coordinate"])
+    assert torch.allclose(encoder.posterior.rho, saved["posterior.rho"], atol=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
+
+
+@pytest.mark.parametrize("inference", ["variational", "sghmc"])
+def test_another_algorithm_takes_up_an_adapter_without_its_posterior(tmp_path, inference):
+    trained(tmp_path / "first", inference).save_model()
+    for other in ("map", "variational"):
+        config = PriorConfig(num_virtual_tokens=4, inference=other, prior_weight=0.1)
+        model = PriorPeftModel.from_pretrained(make_model(), str(tmp_path / "first"), config=config, is_trainable=True)
+        make_trainer(tmp_path / other, model=model, max_steps=1).train()
+        assert model.prompt_encoder["default"].is_variational == (other == "variational")
+        assert (model.prompt_encoder["default"].posterior is None) == (other == "map")
 
 
 def test_a_variational_step_minimizes_the_bound(tmp_path):
@@ -142,9 +200,20 @@ def test_generation_by_averaged_probabilities_takes_the_likeliest_token_each_tim
             logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[:, -1]
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(generated, text)
-        with pytest.raises(ValueError, match="num_beams must be 1"):
-            model.generate(input_ids=ids, attention_mask=mask, num_beams=2)
     assert "forward" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_as_many_beams_as_words_find_the_likeliest_answer_of_two_tokens(architecture):
+    model, ids = spread_model(architecture), torch.tensor([[5, 20, 31], [6, 22, 40]])
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": -1}  # none ends an answer
+    with torch.no_grad(), model.averaged(3, seed=4):
+        generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=VOCABULARY, **options)
+        for row, found in zip(ids, generated, strict=True):
+            first = model(input_ids=row[None]).logits[0, -1]
+            pairs = torch.cat([row.expand(VOCABULARY, -1), torch.arange(VOCABULARY)[:, None]], 1)
+            joint = first[:, None] + model(input_ids=pairs).logits[:, -1]
+            assert found[-2:].tolist() == list(divmod(int(joint.argmax()), VOCABULARY))
 
 
 def test_sampled_text_follows_the_averaged_probabilities():
