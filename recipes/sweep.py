@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ from priors_peft.commands.arguments import (
     parse,
     read_recipe,
 )
-from priors_peft.commands.train import TrainingArguments, base_model_from, end_together, recipe_of, train
+from priors_peft.commands.train import PLACES, TrainingArguments, base_model_from, end_together, recipe_of, train
 from priors_peft.files import atomic_path, write_json
-from priors_peft.hub.facts import read_facts
+from priors_peft.hub.facts import SETTINGS, read_facts
 from priors_peft.names import unknown
 
 
 RESULTS, PLANNED = "results.jsonl", "sweep.json"
 PROG = "python recipes/sweep.py"
+# Of evaluation, besides what training depends on.
+EVALUATION = ("prediction_loss_only", "eval_on_start")
 
 
 @dataclass
@@ -80,7 +83,7 @@ def main(arguments: list[str]) -> None:
     runs = read_sweep(arguments[0], arguments[1:])
     out = Path(runs[0].parsed()[-1].output_dir)
     done = {record["run"]: record for record in read_results(out / RESULTS)}
-    plan(out, runs)
+    plan(out, runs, done)
     is_main = PartialState().is_main_process
     # Sharded training changes a model in place.
     load = functools.cache(_load) if PartialState().num_processes == 1 else lambda *key: None
@@ -238,21 +241,40 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def plan(out: Path, runs: list[Run]) -> None:
-    """Keep each run's flags; refuse to go on with one that was begun with others."""
+def plan(out: Path, runs: list[Run], done: Collection[str]) -> None:
+    """Keep each run's settings; refuse to go on with, or to count as done, one that was begun with others."""
     path = out / PLANNED
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    planned = {run.name: json.loads(json.dumps(recipe_of(*run.parsed()))) for run in runs}
-    for name, flags in planned.items():
-        before = known.get(name, flags)
-        other = sorted(key for key in flags.keys() | before.keys() if flags.get(key) != before.get(key))
-        if other and (out / "runs" / name).exists():
+    planned = {run.name: settings_of(run) for run in runs}
+    for name, settings in planned.items():
+        before = known.get(name, settings)
+        other = sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
+        if other and (name in done or (out / "runs" / name).exists()):
             raise ValueError(
                 f"{other[0]} must be {before.get(other[0])!r} as when the run {name} was begun, got "
-                f"{flags.get(other[0])!r}: pass another output_dir, or delete {out / 'runs' / name} and its line in {RESULTS}"
+                f"{settings.get(other[0])!r}: pass another output_dir, or delete {out / 'runs' / name} and its line in {RESULTS}"
             )
     if PartialState().is_main_process:
         write_json(path, known | planned)
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """All that a run's figures depend on, as JSON has it; where data lies in full."""
+    *others, args = run.parsed()
+    found = {name: value for given in others for name, value in vars(given).items()}
+    found |= {name: getattr(args, name) for name in (*SETTINGS, *EVALUATION)}
+    return json.loads(json.dumps(_in_full(found), default=str))
+
+
+def _in_full(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _in_full(value)
+        if isinstance(value, dict)
+        else str(Path(value).resolve())
+        if name in PLACES and value
+        else value
+        for name, value in settings.items()
+    }
 
 
 def expected(run: Run, done: list[dict[str, Any]]) -> float | None:

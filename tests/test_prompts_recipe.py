@@ -99,7 +99,9 @@ def test_the_notebook_runs_and_the_recipe_after_it_finds_all_done(run, notebook,
     if len(rows) == 34:  # else the table's are cut
         assert answer(base, tokenizer, rows, 1).nll == pytest.approx(nll, abs=6e-4)
     assert float(table[2].split("|")[3]) == pytest.approx(math.exp(nll), rel=1e-3)
-    with pytest.raises(
-        ValueError, match="output_dir must be one without runs of other settings, got .*5_tokens_5_epochs"
-    ):
+    with pytest.raises(ValueError, match="learning_rate must be None as when .*5_tokens_5_epochs was begun, got 0.1"):
         run.main([*arguments, "--learning_rate", "0.1"])
+    begun = tmp_path / "out" / "20_tokens_10_epochs"
+    (begun / "prior_config.json").unlink()  # stopped before its last file was written
+    with pytest.raises(ValueError, match="max_steps must be 3 as when .*20_tokens_10_epochs was begun, got 4"):
+        run.train_one(20, 10, run.read([*arguments, "--max_steps", "4"]))

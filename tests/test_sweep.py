@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def results(tmp_path: Path) -> dict[str, dict]:
     return {record["run"]: record for record in map(json.loads, lines)}
 
 
-def test_each_run_is_done_once_and_leaves_a_line(small, tmp_path, sweep, capsys):
+def test_each_run_is_done_once_and_leaves_a_line(small, tmp_path, sweep, capsys, monkeypatch):
     sweep.main(small)
     found = results(tmp_path)
     assert set(found) == {"gaussian", "structured"}
@@ -160,6 +161,17 @@ def test_each_run_is_done_once_and_leaves_a_line(small, tmp_path, sweep, capsys)
     assert "min left" in printed
     with pytest.raises(ValueError, match="max_steps must be 4 as when the run gaussian was begun, got 5"):
         sweep.main([*small, "--max_steps", "5"])
+    with pytest.raises(ValueError, match="prediction_loss_only must be True as when the run gaussian was begun"):
+        sweep.main([*small, "--prediction_loss_only", "false"])
+    rows = tmp_path / "rows.jsonl"
+    moved = write(tmp_path / "other.jsonl", rows.read_text())
+    with pytest.raises(ValueError, match="train_file must be '.*rows.jsonl' as when the run gaussian .*other.jsonl"):
+        sweep.main([*small, "--train_file", moved])
+    shutil.rmtree(tmp_path / "out" / "runs")  # what has a line is done all the same
+    with pytest.raises(ValueError, match="max_steps must be 4 as when the run gaussian was begun, got 5"):
+        sweep.main([*small, "--max_steps", "5"])
+    monkeypatch.chdir(tmp_path)
+    sweep.main([*small, "--train_file", "rows.jsonl"])  # the same place
 
 
 def test_runs_over_one_loaded_model_are_what_each_is_alone(small, tmp_path, sweep):

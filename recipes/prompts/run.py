@@ -23,6 +23,7 @@ from priors_peft.data import tokenize
 from priors_peft.evaluation import best_device
 from priors_peft.hub.adapter import PRIOR_CONFIG
 from priors_peft.hub.facts import read_facts
+from priors_peft.trainer import last_checkpoint
 
 
 RECIPE = Path(__file__).with_name("soft_structured.yaml")
@@ -76,14 +77,19 @@ def train_one(tokens: int, epochs: int, recipe: list[Any]) -> str:
     folder = Path(training.output_dir, f"{tokens}_tokens_{epochs}_epochs")
     prompt.num_virtual_tokens = tokens
     training.num_train_epochs, training.output_dir, training.resume = epochs, str(folder), True
-    asked = recipe_of(model, task, prompt, training)
-    if not (folder / PRIOR_CONFIG).is_file():  # written last
+    asked = json.loads(json.dumps(recipe_of(model, task, prompt, training)))
+    done = (folder / PRIOR_CONFIG).is_file()  # written last
+    begun = folder if done else last_checkpoint(folder)
+    before = read_facts(begun).recipe if begun else asked
+    other = sorted(name for name in asked.keys() | before.keys() if asked.get(name) != before.get(name))
+    if other:
+        raise ValueError(
+            f"{other[0]} must be {before.get(other[0])!r} as when {folder} was begun, got {asked.get(other[0])!r}: "
+            "pass another output_dir, or delete that one"
+        )
+    if not done:
         print(f"\nTraining {folder.name}", flush=True)
         train(model, task, prompt, training)
-    elif read_facts(folder).recipe != json.loads(json.dumps(asked)):
-        raise ValueError(
-            f"output_dir must be one without runs of other settings, got {str(folder)!r}: pass another one"
-        )
     return str(folder)
 
 
