@@ -7,13 +7,14 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import SUPERGLUE_KWARGS, addition_rows, save_base, write_superglue
+from conftest import SUPERGLUE_KWARGS, addition_rows, make_model, make_tokenizer, save_base, write_superglue
 from datasets import Dataset
 
-from priors_peft import load_base_model
+from priors_peft import PriorConfig, get_prior_model, load_base_model
 from priors_peft.analysis.sources import read_sources
 from priors_peft.cli import main
 from priors_peft.commands.compare import ComparisonArguments, activations, load_rows, read_run
+from priors_peft.hub.facts import TrainingFacts
 
 
 pytestmark = pytest.mark.slow
@@ -138,6 +139,32 @@ def test_a_text_prior_is_one_arm_whatever_its_tasks_description(study, tmp_path)
         (adapter / "task.json").write_text(json.dumps(facts))
         (source,) = read_sources([str(adapter)])
         assert read_run(source).settings.get("prior_kwargs") == left
+
+
+def test_priors_of_other_data_are_other_arms_and_the_same_data_anywhere_is_one(tmp_path):
+    base, tokenizer = make_model(), make_tokenizer()
+
+    def settings(name, reference, recipe=None, **kwargs):
+        config = PriorConfig(num_virtual_tokens=4, prior="gaussian", reference=reference, reference_kwargs=kwargs)
+        get_prior_model(base, config, tokenizer=tokenizer).save_pretrained(str(tmp_path / name))
+        TrainingFacts(results={"default": {"loss": 1.0}}, recipe=recipe or {}).save(tmp_path / name)
+        (source,) = read_sources([str(tmp_path / name)])
+        return read_run(source).settings
+
+    rows = addition_rows(40)
+    one, again, other, fewer = (
+        settings(name, "activations", **kwargs)
+        for name, kwargs in {
+            "one": {"data": rows},
+            "again": {"data": rows},
+            "other": {"data": addition_rows(40, start=500)},
+            "fewer": {"data": rows, "num_tokens": 50},
+        }.items()
+    )
+    assert one == again and len({of["fitted_on"] for of in (one, other, fewer)}) == 3
+    assert "fitted_on" not in settings("vocabulary", "vocabulary")
+    own = [settings(f"own{start}", "activations", {"reference": "activations"}, data=rows[start:]) for start in (0, 9)]
+    assert own[0] == own[1] != one
 
 
 def test_no_prompt_is_measured_on_rows_that_are_cut_as_the_runs_were(study):

@@ -182,6 +182,17 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def over_seeds(values: Mapping[tuple[str, int], float]) -> dict[str, Any]:
+    """As `mean_and_error`, of the means over tasks: how much more tasks differ than seeds is no error.
+
+    Args:
+        values: By task and seed; a seed that lacks a task of another one is left out.
+    """
+    tasks = sorted({task for task, _ in values})
+    whole = [seed for seed in sorted({seed for _, seed in values}) if all((task, seed) in values for task in tasks)]
+    return mean_and_error([statistics.fmean(values[task, seed] for task in tasks) for seed in whole])
+
+
 def _summaries(figures: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     shared = [key for key in figures[0] if all(key in other for other in figures)]
     return {
@@ -338,10 +349,10 @@ def regions(
 
     Returns:
         `arms`: for each tuning and prior the share of virtual tokens beyond the edge, `outside_at_start` and
-        `outside`, and `gain` over no prompt in nats per answer token (`mean`, `se`, `n`). `tunings`: for each tuning
+        `outside`, and `gain` over no prompt in nats per answer token (`over_seeds`). `tunings`: for each tuning
         `far_started` and `far_ended`, runs of which more than half the virtual tokens started or ended beyond the edge:
         `runs`, and how many of them are `better_than_none`; and `difference`, the mean NLL of runs that started far less
-        that of the runs of the same task and seed that did not (`mean`, `se`, `n` pairs), None where all or none did.
+        that of the runs of the same task and seed that did not (`over_seeds`), None where all or none did.
     """
 
     def outside(prompt: Tensor) -> float:
@@ -355,7 +366,7 @@ def regions(
             "prior": prior,
             "outside_at_start": statistics.fmean(at_start[run.name] for run in group),
             "outside": statistics.fmean(at_end[run.name] for run in group),
-            "gain": mean_and_error([gains[run.name] for run in group]),
+            "gain": over_seeds({(run.task, run.seed): gains[run.name] for run in group}),
         }
         for (tuning, prior), group in grouped(runs, "tuning", "prior").items()
     ]
@@ -365,13 +376,13 @@ def regions(
         return {"runs": len(far), "better_than_none": sum(gains[name] > 0 for name in far)}
 
     def difference(group: Sequence[Run]) -> dict[str, Any] | None:
-        pairs = []
+        pairs = {}
         for same in grouped(group, "task", "seed").values():
             far = [run.results["nll"] for run in same if at_start[run.name] > 0.5]
             near = [run.results["nll"] for run in same if at_start[run.name] <= 0.5]
             if far and near:
-                pairs.append(statistics.fmean(far) - statistics.fmean(near))
-        return mean_and_error(pairs) if pairs else None
+                pairs[same[0].task, same[0].seed] = statistics.fmean(far) - statistics.fmean(near)
+        return over_seeds(pairs) if pairs else None
 
     tunings = {
         tuning: {

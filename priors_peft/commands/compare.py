@@ -1,5 +1,6 @@
 """`priors-peft compare RUN... --out DIR`: runs of several priors as a table, with what their prompts and activations say."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,6 @@ CONFIG = (
     "layers",
     "prior",
     "prior_kwargs",
-    "reference",
-    "reference_kwargs",
     "num_virtual_tokens",
     "coordinates",
     "prior_weight",
@@ -177,6 +176,7 @@ def read_run(source: Source) -> Run:
     if described["prior_kwargs"].get("text", "") == task.get("description"):
         described["prior_kwargs"] = {key: value for key, value in described["prior_kwargs"].items() if key != "text"}
     settings = {name: described[name] for name in CONFIG if described.get(name) not in (None, {})}
+    settings |= _fitted_on(source, facts.recipe)
     settings |= {name: value for name, value in facts.settings.items() if name not in APART and value is not None}
     data = {name: task.get(name) for name in ("task", "task_kwargs", "split_seed", "num_eval")}
     return Run(
@@ -191,6 +191,17 @@ def read_run(source: Source) -> Run:
         start=source.initial,
         priors=source.saved.priors,
     )
+
+
+def _fitted_on(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say what the prior was fitted on, if it is more than the vocabulary: the rows of its own task,
+    whichever that is, or a short hash of the texts and their number of tokens, of the prompts or of the vectors."""
+    given = recipe.get("reference_kwargs") or {}
+    if recipe.get("reference") == "activations" and "tasks" not in given:
+        return {"fitted_on": {"fitted_on": "own task"} | given}
+    origins = [one for one in source.saved.provenance if one.source != "vocabulary" or one.data]
+    names = dict.fromkeys(f"{one.data or one.sha256} {one.rows}" for one in origins)
+    return {"fitted_on": hashlib.sha256("".join(names).encode()).hexdigest()[:8]} if names else {}
 
 
 def _with_nll(figures: Mapping[str, float]) -> dict[str, float]:
@@ -307,7 +318,7 @@ def _table(rows: list[dict[str, Any]], none: float, baseline: str) -> str:
         lines.append([row["tuning"], row["prior"], str(len(row["seeds"])), *cells, said])
     return (
         f"No prompt: nll {none:.3f}. Mean ± standard deviation over seeds, nll in nats per answer token; differences of "
-        f"runs of one seed, mean ± standard error (n pairs).\n\n{markdown_table(heads, lines)}"
+        f"runs of one seed, mean ± standard error over seeds (n pairs).\n\n{markdown_table(heads, lines)}"
     )
 
 
@@ -372,10 +383,10 @@ def _regions(regions: dict[str, Any]) -> str:
     ]
     return (
         '## "Models can work with embeddings from new regions"\n\nShare of virtual tokens at the embedding layer that lie '
-        f"further out (Mahalanobis) than {INSIDE:.0%} of the vocabulary. Gains are means over tasks and seeds ± their "
-        f"standard error, of which the difference between tasks is a part.\n\n{markdown_table(heads, lines)}\n\n"
+        f"further out (Mahalanobis) than {INSIDE:.0%} of the vocabulary. Gains are means over tasks, and of these over "
+        f"seeds ± standard error (n seeds).\n\n{markdown_table(heads, lines)}\n\n"
         "Far is more than half of a prompt's virtual tokens; nll of runs that started there less that of the runs of the same "
-        "task and seed that did not:\n\n" + "\n".join(f"- {line}" for line in said)
+        "task and seed that did not, likewise:\n\n" + "\n".join(f"- {line}" for line in said)
     )
 
 

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from priors_peft.analysis.compare import Run, between_and_within, clusters, distance, name_runs, place, regions, table
+from priors_peft.analysis.compare import (
+    Run,
+    between_and_within,
+    clusters,
+    distance,
+    name_runs,
+    over_seeds,
+    place,
+    regions,
+    table,
+)
 from priors_peft.priors import GaussianPrior
 
 
@@ -204,6 +214,21 @@ def test_regions_count_runs_beyond_the_edge_and_what_they_gain():
     assert (near["outside_at_start"], near["outside"], far["outside"]) == (0.0, 0.5, 1.0)
     assert near["gain"]["mean"] == pytest.approx(0.75) and far["gain"]["mean"] == pytest.approx(0.15)
     assert soft["difference"]["mean"] == pytest.approx((0.2 + 1.0) / 2) and soft["difference"]["n"] == 2
+
+
+def test_that_tasks_differ_is_no_error_of_what_seeds_say():
+    # On one task prompts gain much, on the other little, with one spread over seeds.
+    runs = [
+        run(task, prior, seed, nll=nll + (0.25 if prior == "exclusion" else 0.0), loc=10.0 * (prior == "exclusion"))
+        for prior in ("gaussian", "exclusion")
+        for task, nlls in (("math", (1.0, 1.5)), ("squad", (-4.0, -3.5)))
+        for seed, nll in enumerate(nlls)
+    ]
+    found = regions(named(*runs), lambda points: points.norm(dim=-1) / 4, 5.0, {"math": 2.0, "squad": 2.0})
+    gain = found["arms"][0]["gain"]
+    assert gain == {"mean": pytest.approx((0.75 + 5.75) / 2), "se": pytest.approx(0.25), "n": 2}
+    assert found["tunings"]["soft"]["difference"] == {"mean": pytest.approx(0.25), "se": pytest.approx(0), "n": 2}
+    assert over_seeds({("math", 0): 1.0, ("squad", 0): 3.0, ("math", 1): 7.0}) == {"mean": 2.0, "se": None, "n": 1}
 
 
 def test_regions_without_both_kinds_have_no_difference():
