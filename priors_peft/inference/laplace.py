@@ -106,21 +106,37 @@ def fisher_gradients(trainer: "PriorTrainer", count: int) -> Tensor:
     model, base = trainer.model, trainer.model.base_model
     name = trainer.adapter_names[0]
     coordinate = model.prompt_encoder[name].coordinate
-    generator = torch.Generator().manual_seed(trainer.args.seed + trainer.args.process_index)
     total = coordinate.new_zeros(count, *coordinate.shape)
     training = model.training
     model.eval()
+    args, rows = trainer.args, trainer.train_dataset
+    # Each row once, on one of the processes, which a loader that shares rows out evenly would not do.
+    own = range(args.process_index, len(rows), args.world_size)
+    batches = [own[start : start + args.train_batch_size] for start in range(0, len(own), args.train_batch_size)]
     try:
-        for batch in tqdm(trainer.get_train_dataloader(), "Curvature", leave=False, delay=2):
-            inputs: dict[str, Any] = trainer._prepare_inputs(batch)
-            states = model.predicting_states(inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"])[0][0]
+        for batch in tqdm(batches, "Curvature", leave=False, delay=2):
+            inputs: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([_inputs(rows[row]) for row in batch]))
+            states, asked = model.predicting_states(inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"])
             with torch.no_grad():
-                probabilities = logits_of(base, states.detach().unsqueeze(0))[0].float().softmax(-1).cpu()
+                probabilities = logits_of(base, states.detach())[0].float().softmax(-1).cpu()
+            lengths = torch.bincount(asked.rows, minlength=len(batch)).tolist()
+            of_row = zip(batch, probabilities.split(lengths), strict=True)
+            drawn = [_drawn_answers(one, count, args.seed * 1_000_003 + row) for row, one in of_row]
+            answers, signs = (torch.cat(parts, 1).to(states.device) for parts in zip(*drawn, strict=True))
             for draw in range(count):
-                answers = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(states.device)
-                signs = torch.randint(2, answers.shape, generator=generator).to(states.device) * 2.0 - 1
-                nll = supervised_nll(base, states, answers)
-                total[draw] += torch.autograd.grad(nll, coordinate, signs, retain_graph=draw < count - 1)[0]
+                nll = supervised_nll(base, states[0], answers[draw])
+                total[draw] += torch.autograd.grad(nll, coordinate, signs[draw], retain_graph=draw < count - 1)[0]
     finally:
         model.train(training)
     return trainer.accelerator.reduce(total, "sum")
+
+
+def _drawn_answers(probabilities: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens and signs, both `[count, N]`, for a row's probabilities `[N, V]`, whatever batch it is in."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.multinomial(probabilities, count, replacement=True, generator=generator).mT
+    return tokens, torch.randint(2, tokens.shape, generator=generator) * 2.0 - 1
+
+
+def _inputs(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("input_ids", "attention_mask", "labels") if name in row}

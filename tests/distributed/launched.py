@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -91,18 +92,31 @@ def checks(trainer: Trainer) -> dict:
     }
 
 
-def main(folder: Path, arguments: list[str]) -> None:
+def first_of_two(folder: Path, arguments: list[str], look: Callable[[Trainer], dict]) -> list[str]:
+    """One run, and what is seen of it; returns the flags that resume it from half way."""
     first, resumed = folder / "first", folder / "resumed"
     trainer = run([*arguments, "--output_dir", str(first)])
-    found = checks(trainer)
+    found = look(trainer)
     if trainer.is_world_process_zero():
         (folder / "found.json").write_text(json.dumps(found))
         shutil.copytree(first / "checkpoint-2", resumed / "checkpoint-2")
     trainer.accelerator.wait_for_everyone()
     TRAINERS.clear()
-    del trainer
+    return [*arguments, "--output_dir", str(resumed), "--resume"]
+
+
+def draws_of_all(trainer: Trainer) -> dict:
+    """Whether all processes draw the same prompts from the posterior."""
+    draws = trainer.accelerator.gather(trainer.model.posterior_samples(3)[None])
+    return {"processes": len(draws), "alike": all(torch.equal(draws[0], other) for other in draws)}
+
+
+def main(folder: Path, arguments: list[str]) -> None:
+    for name, settings in json.loads(os.environ.get("POSTERIORS", "{}")).items():
+        flags = [*arguments, "--inference", name, "--inference_kwargs", json.dumps(settings), "--push_to_hub", "false"]
+        run(first_of_two(folder / name, [*flags, "--prior_weight", "0.1"], draws_of_all))
     # The last run ends as users' do.
-    train.main([*arguments, "--output_dir", str(resumed), "--resume"])
+    train.main(first_of_two(folder, arguments, checks))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ RECIPE = [
     *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "2"),
     *("--hub_model_id", "user/tuned", "--hub_strategy", "end", "--report_to", "none", "--disable_tqdm", "true"),
 ]
+POSTERIORS: dict[str, dict[str, int]] = {
+    "variational": {"rank": 1},
+    "laplace": {"num_draws": 4},
+    "sghmc": {"num_samples": 2, "cycles": 1},
+    "svgd": {"num_particles": 2},
+}
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
@@ -78,8 +84,11 @@ def launch(config: str, folder: Path, arguments: list[str], **environment: str) 
 def test_two_processes_give_what_one_gives_and_save_and_push_once(config, tolerance, expected, recipe, one, tmp_path):
     HUB.reset()
     arguments = [*recipe, "--per_device_train_batch_size", "2", "--push_to_hub", "true"]
-    done = launch(config, tmp_path, arguments, **HUB.environment(HF_HOME=str(tmp_path / "hf")))
+    hub = HUB.environment(HF_HOME=str(tmp_path / "hf"))
+    done = launch(config, tmp_path, arguments, POSTERIORS=json.dumps(POSTERIORS if config == "ddp" else {}), **hub)
     assert done.returncode == 0, done.stderr[-4000:]
+    if config == "ddp":
+        check_posteriors(recipe, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["world_size"] == 2 and expected.items() <= found.items(), found
     sharded = config in ("zero3", "fsdp2")
@@ -117,6 +126,26 @@ def test_two_processes_give_what_one_gives_and_save_and_push_once(config, tolera
     tuned = PriorPeftModel.from_pretrained(make_model(), str(one))
     text = make_tokenizer()(["3 plus 4"], return_tensors="pt")["input_ids"]
     assert found["answer"] == tuned.generate(text, max_new_tokens=3, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+def check_posteriors(recipe: list[str], folder: Path) -> None:
+    """Two processes find the posterior that one finds, all of them, and go on from a checkpoint to the same bits."""
+    for name, settings in POSTERIORS.items():
+        flags = ["--inference", name, "--inference_kwargs", json.dumps(settings), "--prior_weight", "0.1"]
+        flags += ["--per_device_train_batch_size", "4", "--use_cpu", "true", "--output_dir", str(folder / name / "one")]
+        assert main(["train", *recipe, *flags]) == 0
+        assert json.loads((folder / name / "found.json").read_text()) == {"processes": 2, "alike": True}, name
+        alone, ours = (
+            PriorPeftModel.from_pretrained(make_model(), str(folder / name / run)).posterior_samples(4)
+            for run in ("one", "first")
+        )
+        assert len(alone.unique(dim=0)) > 1 and torch.allclose(alone, ours, atol=1e-5, rtol=1e-4), name
+        first, resumed = (load_file(folder / name / run / "prior.safetensors") for run in ("first", "resumed"))
+        assert first.keys() == resumed.keys() and all(torch.equal(first[key], resumed[key]) for key in first), name
+        losses = [
+            json.loads((folder / name / run / "eval_results.json").read_text())["eval_loss"] for run in ("one", "first")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5), name
 
 
 def test_a_process_that_dies_ends_the_job_with_its_error(recipe, tmp_path):
