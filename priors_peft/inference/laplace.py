@@ -115,8 +115,12 @@ def fisher_gradients(trainer: "PriorTrainer", count: int) -> Tensor:
     batches = [own[start : start + args.train_batch_size] for start in range(0, len(own), args.train_batch_size)]
     try:
         for batch in tqdm(batches, "Curvature", leave=False, delay=2):
-            inputs: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([_inputs(rows[row]) for row in batch]))
-            states, asked = model.predicting_states(inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"])
+            inputs: dict[str, Any] = trainer._prepare_inputs(
+                trainer.data_collator([_inputs(rows[row]) for row in batch])
+            )
+            states, asked = model.predicting_states(
+                inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]
+            )
             with torch.no_grad():
                 probabilities = logits_of(base, states.detach())[0].float().softmax(-1).cpu()
             lengths = torch.bincount(asked.rows, minlength=len(batch)).tolist()

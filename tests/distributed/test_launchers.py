@@ -132,8 +132,8 @@ def check_posteriors(recipe: list[str], folder: Path) -> None:
     """Two processes find the posterior that one finds, all of them, and go on from a checkpoint to the same bits."""
     for name, settings in POSTERIORS.items():
         flags = ["--inference", name, "--inference_kwargs", json.dumps(settings), "--prior_weight", "0.1"]
-        flags += ["--per_device_train_batch_size", "4", "--use_cpu", "true", "--output_dir", str(folder / name / "one")]
-        assert main(["train", *recipe, *flags]) == 0
+        rows = ["--per_device_train_batch_size", "4", "--use_cpu", "true"]
+        assert main(["train", *recipe, *rows, *flags, "--output_dir", str(folder / name / "one")]) == 0
         assert json.loads((folder / name / "found.json").read_text()) == {"processes": 2, "alike": True}, name
         alone, ours = (
             PriorPeftModel.from_pretrained(make_model(), str(folder / name / run)).posterior_samples(4)
@@ -142,10 +142,8 @@ def check_posteriors(recipe: list[str], folder: Path) -> None:
         assert len(alone.unique(dim=0)) > 1 and torch.allclose(alone, ours, atol=1e-5, rtol=1e-4), name
         first, resumed = (load_file(folder / name / run / "prior.safetensors") for run in ("first", "resumed"))
         assert first.keys() == resumed.keys() and all(torch.equal(first[key], resumed[key]) for key in first), name
-        losses = [
-            json.loads((folder / name / run / "eval_results.json").read_text())["eval_loss"] for run in ("one", "first")
-        ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5), name
+        figures = [json.loads((folder / name / run / "eval_results.json").read_text()) for run in ("one", "first")]
+        assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-5), name
 
 
 def test_a_process_that_dies_ends_the_job_with_its_error(recipe, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, addition_rows, make_model, make_tokenizer
+from conftest import LAYERS, VOCABULARY, WIDTH, addition_rows, make_model, make_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainer import coordinate, make_trainer
@@ -13,6 +13,7 @@ from test_trainer import coordinate, make_trainer
 from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
 from priors_peft.inference.posterior import SCALE_RATE, GaussianPosterior, SampledPosterior
 from priors_peft.inference.predictive import calibration, predict
+from priors_peft.inference.variational import divergence
 
 
 SETTINGS = {
@@ -145,6 +146,41 @@ def test_a_variational_step_minimizes_the_bound(tmp_path):
     assert torch.allclose(outputs.log_prior, log_prior) and log_prior < 0
     model.eval().prompt_encoder["default"].set_prompt(prompt)
     assert model(**batch).loss.item() == pytest.approx(outputs.loss.item(), rel=1e-5)
+
+
+TEXT = {"prior": "text", "prior_kwargs": {"text": "what is 3 plus 4 ?"}}
+
+
+@pytest.mark.parametrize(
+    "config", [{"tuning": "deep"}, TEXT, TEXT | {"tuning": "deep"}], ids=["deep", "text", "deep text"]
+)
+def test_a_scheduled_weight_warms_the_divergence_up_for_every_tuning_and_a_described_prior(tmp_path, config):
+    config = {"inference": "variational", "prior_weight": 0.5} | config
+    trainer = make_trainer(tmp_path, config=config, prior_weight_schedule="linear", learning_rate=1e-9)
+    trainer.train()
+    encoder = trainer.model.prompt_encoder["default"]
+    nats = divergence(encoder, encoder.samples(1)[0]).item() / trainer.num_supervised_tokens
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] - entry["prior/nll"] for entry in entries] == pytest.approx(
+        [weight * nats for weight in (0.0, 0.25, 0.5, 0.5)], abs=2e-4 + 1e-5 * nats
+    )
+
+
+@pytest.mark.parametrize("config", [{"tuning": "deep"}, TEXT | {"tuning": "deep"}], ids=["deep", "text"])
+def test_a_variational_posterior_of_a_deep_prompt_is_trained_in_every_layer_and_kept(tmp_path, config):
+    config = {"inference": "variational", "prior_weight": 0.1} | config
+    trainer = make_trainer(tmp_path, config=config, max_steps=8)
+    encoder = trainer.model.prompt_encoder["default"]
+    before = encoder.coordinate.detach().clone(), encoder.posterior.log_scale.detach().clone()
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first
+    for old, new in zip(before, (encoder.coordinate, encoder.posterior.log_scale), strict=True):
+        assert ((new - old).abs().amax((1, 2)) > 0.01).all()
+    trainer.save_model()
+    loaded = PriorPeftModel.from_pretrained(make_model(), str(tmp_path))
+    assert torch.equal(loaded.posterior_samples(3), trainer.model.posterior_samples(3))
+    assert loaded.posterior_samples(3).shape == (3, LAYERS, 4, WIDTH)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
