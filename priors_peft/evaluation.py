@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
+from .calibration import BINS, Calibration, calibration_of, row_bins
 from .choices import Metrics, metrics_by_likelihood
 from .data import IGNORED, answer_start, pad, padded_text, prompts_of, tokenize
 
@@ -24,11 +24,13 @@ class Answers:
         nll: Negative log likelihood of the reference answers, in nats per answer token.
         predictions: Greedy answers, in the data set's order.
         references: The reference answers; for rows with `answers`, all of them.
+        calibration: Of the likeliest token at each place of a reference answer.
     """
 
     nll: float
     predictions: list[str]
     references: list[Any]
+    calibration: Calibration
 
 
 def best_device() -> torch.device:
@@ -66,7 +68,7 @@ def answer(
     # PEFT's positions do not allow for padding before the answer, nor does MPT: they get prompts of one length together.
     pads = hasattr(model, "cached_prompt") and model.config.model_type != "mpt"
     batches = _by_length(prompts, batch_size, pads and (not context or virtual + longest <= context))
-    total, tokens = 0.0, 0
+    total, bins = 0.0, torch.zeros(3, BINS, dtype=torch.float64)
     predictions = [""] * len(rows)
     cached_prompt = getattr(model, "cached_prompt", nullcontext)
     with cached_prompt(), tqdm(total=len(rows), desc=desc, leave=False) as progress:
@@ -79,10 +81,11 @@ def answer(
             labels = after.pop("labels")
             whole = {name: torch.cat([before[name], part], dim=1) for name, part in after.items()}
             logits = model(**whole, logits_to_keep=labels.shape[1] + 1).logits[:, -labels.shape[1] - 1 : -1]
-            nll = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-            total, tokens = total + nll.item(), tokens + int((labels != IGNORED).sum())
+            rows_of, places = (labels != IGNORED).nonzero(as_tuple=True)
+            scores, targets = logits[rows_of, places].float().log_softmax(-1), labels[rows_of, places]
+            total -= scores.gather(1, targets[:, None]).sum().item()
+            sure, likeliest = scores.max(-1)
+            bins += row_bins(rows_of, len(batch), sure.exp(), likeliest == targets).sum(0).cpu()
             generated = model.generate(
                 **before, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
@@ -93,7 +96,8 @@ def answer(
     references = _answers(dataset) or [
         tokenizer.decode([t for t in row["labels"] if t != IGNORED], skip_special_tokens=True) for row in rows
     ]
-    return Answers(total / max(tokens, 1), predictions, references)
+    found = calibration_of(bins)
+    return Answers(total / max(sum(found.counts), 1), predictions, references, found)
 
 
 def _by_length(prompts: list[list[int]], batch_size: int, mixed: bool) -> list[list[int]]:

@@ -20,11 +20,12 @@ from transformers.utils import logging
 
 from .architecture import check_base_model, expand_cache, supports_prompt_cache
 from .batch import Supervision, Text, extended_mask
+from .calibration import row_bins
 from .config import PriorConfig
 from .fitting import has_free_scale, new_encoder
 from .head import logits_of, supervised_nll
 from .inference.base import inference_from
-from .inference.predictive import averaging_forward, joined_caches, mean_log_prob, mean_logits
+from .inference.predictive import averaging_forward, joined_caches, mean_log_prob, mean_logits, token_scores
 from .packing import Unpackable, supports_packing
 from .passes import (
     Prompt,
@@ -63,12 +64,14 @@ class PriorCausalLMOutput(CausalLMOutputWithPast):
         logits: Aligned with `input_ids`, shape `[B, L, V]`; None in training, where they are never built.
         row_nll: Summed negative log likelihood of each row's supervised tokens, in nats, shape `[B]`.
         row_tokens: Number of supervised tokens of each row, shape `[B]`.
+        row_bins: Without gradients and logits, what `calibration.calibration_of` takes the sum of, shape `[B, 3, 10]`.
         log_prior: log p(θ) of the prompt, in nats, or −KL(q ‖ p) where a posterior is trained; in training, where
             `prior_weight` is not 0.
     """
 
     row_nll: Tensor | None = None
     row_tokens: Tensor | None = None
+    row_bins: Tensor | None = None
     log_prior: Tensor | None = None
 
 
@@ -262,7 +265,7 @@ class PriorPeftModel(PeftModelForCausalLM):
         result, nll = PriorCausalLMOutput(), None
         if supervision is not None and not whole:
             states = self._predicting_states(prompts, text, supervision, kwargs, result)
-            nll = supervised_nll(self.base_model, states, supervision.targets)
+            nll = self._nll(states, supervision, text.batch_size, count, result)
         else:
             states = self._padded_states(prompts, text, kwargs, result)
             if supervision is not None:
@@ -273,7 +276,7 @@ class PriorPeftModel(PeftModelForCausalLM):
             elif whole:
                 result.logits = mean_logits(logits_of(self.base_model, states[:, 1:][:, -logits_to_keep:]), count)
         if asked is not None and nll is not None:
-            nll = nll if count == 1 else -mean_log_prob(-nll.unflatten(0, (count, -1)))
+            nll = nll if len(nll) == len(asked.targets) else -mean_log_prob(-nll.unflatten(0, (count, -1)))
             batch_size = text.batch_size // count
             result.row_nll = nll.new_zeros(batch_size).index_add(0, asked.rows, nll.detach())
             result.row_tokens = torch.bincount(asked.rows, minlength=batch_size)
@@ -283,6 +286,18 @@ class PriorPeftModel(PeftModelForCausalLM):
                 terms = torch.stack([nll.new_zeros(()) if part is None else part for part in log_prior])
                 result.log_prior = terms.sum() if adapter_names is None else terms
         return result if return_dict is not False else result.to_tuple()
+
+    def _nll(
+        self, states: Tensor, supervision: Supervision, num_rows: int, count: int, result: PriorCausalLMOutput
+    ) -> Tensor:
+        """NLL of supervised tokens of `count` draws; without gradients averaged over them, with `result.row_bins`."""
+        if torch.is_grad_enabled():
+            return supervised_nll(self.base_model, states, supervision.targets)
+        size = len(supervision.targets) // count
+        targets, rows = supervision.targets[:size], supervision.rows[:size]
+        scores = token_scores(self.base_model, states.unflatten(0, (count, -1)), targets, with_entropy=False)
+        result.row_bins = row_bins(rows, num_rows // count, scores["sure"], scores["right"])
+        return scores["nll"]
 
     def _prompts(self, adapter_names: list[str] | None, batch_size: int) -> dict[str, Prompt]:
         """The prompts of a batch, in the order in which rows name them first."""

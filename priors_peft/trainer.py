@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from .calibration import calibration_of
 from .callback import PriorCallback, suffix, weight_at
 from .data import IGNORED, count_supervised_tokens, padded_text, prompts_of, tokenize
 from .files import check_writable
@@ -189,6 +190,7 @@ class PriorTrainer(HubTrainer):
         # First, so that what reports (TensorBoard and the like) sees the figures and is still open for pictures.
         callbacks = self.callback_handler.callbacks
         callbacks[:0] = [_Inferring(self), PriorCallback(), TrackingCallback(callbacks)]
+        self.calibrations = {}
         self._nll: Tensor | float = 0.0
         self._step_nll: Tensor
         self._logged_step: int | None = None
@@ -386,6 +388,7 @@ class PriorTrainer(HubTrainer):
                         output = super().evaluation_loop(
                             dataloader, description, False, ignore_keys, metric_key_prefix
                         )
+                    self.calibrations[name] = calibration_of(torch.from_numpy(output.predictions[2]).sum(0))
                     for key, value in output.metrics.items():
                         figures[key + suffix(name, self.adapter_names)] = value
         finally:
@@ -410,7 +413,7 @@ class PriorTrainer(HubTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, return_logits=False)
-            scores: tuple[Tensor, ...] = (outputs.row_nll, outputs.row_tokens)
+            scores: tuple[Tensor, ...] = (outputs.row_nll, outputs.row_tokens, outputs.row_bins)
             if self.compute_metrics is not None and self.compute_metrics.keywords["users_metrics"] is not None:
                 scores = (*scores, self._answers(model, inputs))
         return None, scores, inputs["labels"]
@@ -564,8 +567,9 @@ def _figures(
     users_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
     order: list[int] | None,
 ) -> dict[str, float]:
-    nll, tokens = prediction.predictions[:2]
+    nll, tokens, bins = prediction.predictions[:3]
     figures = {"loss": float(np.sum(nll, dtype=np.float64) / max(1, np.sum(tokens)))}
+    figures["ece"] = calibration_of(torch.from_numpy(bins).sum(0)).error
     if users_metrics is not None:
         answers, labels = _generated(prediction.predictions), prediction.label_ids
         figures |= users_metrics(EvalPrediction(_in_order(answers, order), _in_order(labels, order)))
@@ -573,4 +577,4 @@ def _figures(
 
 
 def _generated(predictions: Any) -> Any:
-    return predictions[2] if isinstance(predictions, tuple) and len(predictions) > 2 else None
+    return predictions[3] if isinstance(predictions, tuple) and len(predictions) > 3 else None

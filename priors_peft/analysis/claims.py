@@ -369,3 +369,9 @@ def gains(transfer: Part) -> list[list[float | None]]:
         ]
         for row in transfer["scores"]
     ]
+
+
+def reliability_title(calibrations: Part) -> str:
+    """Of the reliability diagram: the expected calibration error of each."""
+    errors = "; ".join(f"{name} {one['error']:.3f}" for name, one in calibrations.items())
+    return f"Expected calibration error: {errors}"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..calibration import Calibration
 from ..choices import metrics_by_likelihood
 from ..evaluation import answer, best_device
 from ..files import write_json
@@ -13,6 +14,9 @@ from ..model import PriorPeftModel
 from ..tasks import Task
 from .arguments import ModelArguments, TaskArguments, parse, parse_object
 from .train import base_model_from, room_for_text, task_from
+
+
+_HEADS = {"nll": "NLL (nats/token)", "ece": "ECE"}
 
 
 @dataclass
@@ -41,21 +45,24 @@ def main(arguments: list[str]) -> None:
     if task.eval is None:
         raise ValueError(f"task must have evaluation rows, got {task.name!r} without any")
     model = PriorPeftModel.from_pretrained(base, adapter)
-    figures = {}
+    figures, calibrations = {}, {}
+
+    def measure(measured: Any, name: str, desc: str) -> None:
+        figures[name], calibrations[name] = evaluate(measured, tokenizer, task, args.batch_size, desc)
+
     with model.disable_adapter():
-        figures["no prompt"] = evaluate(base, tokenizer, task, args.batch_size, "No prompt")
+        measure(base, "no prompt", "No prompt")
     if args.initial:
         encoder = model.prompt_encoder["default"]
         encoder.set_prompt(encoder.initial_prompt)
-        figures["before training"] = evaluate(model, tokenizer, task, args.batch_size, "Before training")
+        measure(model, "before training", "Before training")
         encoder.load_state_dict(saved.encoder().state_dict())
-    figures[adapter] = evaluate(model, tokenizer, task, args.batch_size, "With prompt")
+    measure(model, adapter, "With prompt")
     if model.prompt_encoder["default"].posterior is not None:
         with model.averaged(args.posterior_draws):
-            name = f"averaged over {args.posterior_draws} draws"
-            figures[name] = evaluate(model, tokenizer, task, args.batch_size, "With draws")
+            measure(model, f"averaged over {args.posterior_draws} draws", "With draws")
     print(table(figures))
-    _keep(adapter, task, {"this prompt" if name == adapter else name: of for name, of in figures.items()})
+    _keep(adapter, task, figures, calibrations)
     if args.output_file:
         write_json(args.output_file, figures)
 
@@ -74,26 +81,42 @@ def _as_trained(adapter: str, arguments: TaskArguments) -> None:
         arguments.num_eval = facts.get("num_eval")
 
 
-def _keep(adapter: str, task: Task, figures: dict[str, dict[str, float]]) -> None:
-    """Leave the figures beside an adapter that lies here, if they are of the task it was trained on."""
+def _keep(
+    adapter: str, task: Task, figures: dict[str, dict[str, float]], calibrations: dict[str, Calibration]
+) -> None:
+    """Leave what was measured beside an adapter that lies here, if it is of the task it was trained on."""
     if not Path(adapter).is_dir() or task.eval is None:
         return
-    if (read_task(adapter) or {}).get("task", task.name) == task.name:
-        write_json(Path(adapter, EVALUATION), {"task": task.name, "num_rows": len(task.eval), "figures": figures})
-        write_card(adapter)
+    if (read_task(adapter) or {}).get("task", task.name) != task.name:
+        return
+    names = {name: "this prompt" if name == adapter else name for name in figures}
+    found = {
+        "task": task.name,
+        "num_rows": len(task.eval),
+        "figures": {names[name]: of for name, of in figures.items()},
+        "calibration": {names[name]: of.to_dict() for name, of in calibrations.items()},
+    }
+    write_json(Path(adapter, EVALUATION), found)
+    write_card(adapter)
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, batch_size: int, desc: str) -> dict[str, float]:
-    """Likelihood (`nll`, nats per answer token) and a task's metrics, by generation and, with choices, by likelihood."""
+def evaluate(
+    model: Any, tokenizer: Any, task: Task, batch_size: int, desc: str
+) -> tuple[dict[str, float], Calibration]:
+    """Likelihood (`nll`, nats per answer token), `ece` and a task's metrics, by generation and, with choices, by likelihood.
+
+    With the calibration that `ece` is of.
+    """
     answers = answer(model, tokenizer, task.eval, task.max_new_tokens, batch_size, desc)
-    figures = {"nll": answers.nll} | task.metrics(answers.predictions, answers.references)
-    return figures | metrics_by_likelihood(task.metrics, model, tokenizer, task.eval, batch_size)
+    figures = {"nll": answers.nll, "ece": answers.calibration.error}
+    figures |= task.metrics(answers.predictions, answers.references)
+    return figures | metrics_by_likelihood(task.metrics, model, tokenizer, task.eval, batch_size), answers.calibration
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
     """Figures as a Markdown table with one row for each key."""
     columns = list(next(iter(figures.values())))
-    heads = ["NLL (nats/token)" if name == "nll" else name.replace("_", " ") for name in columns]
+    heads = [_HEADS.get(name) or name.replace("_", " ") for name in columns]
     rows = [[name, *(f"{values[column]:.3f}" for column in columns)] for name, values in figures.items()]
     return markdown_table(["", *heads], rows)
 

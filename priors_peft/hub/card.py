@@ -138,7 +138,10 @@ def write_card(folder: str | os.PathLike, **options: Any) -> Path:
         FileNotFoundError: There is no adapter.
         ValueError: A file the card is made from is damaged.
     """
+    from .card_posterior import draw_reliability
+
     path = Path(folder, CARD)
+    draw_reliability(read_folder(folder))
     text = card_text(folder, **options)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with atomic_path(path) as temporary:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis import claims
 from .base_model import BUNDLED, BUNDLED_ORIGIN
+from .card_posterior import has_posterior
 from .card_results import analysis, limits, measured, metric_name, results
 from .facts import public_name, public_value
 from .markdown import code, escape, facts_table, literal, plain, slug
@@ -62,6 +63,8 @@ def front_matter(facts: "Facts", name: str) -> Any:
     tags += [f"prior:{slug(facts.config['prior'])}"] if facts.config else []
     tags += [f"task:{slug(task)}"] if task else []
     figures, _ = measured(facts)
+    draws = None if facts.evaluation.get("figures") else facts.training.posterior_draws
+    drawn = f", averaged over {claims.plural(draws, 'draw')}" if draws else ""
     results = [
         EvalResult(
             task_type="text-generation",
@@ -69,7 +72,7 @@ def front_matter(facts: "Facts", name: str) -> Any:
             dataset_name=plain(task if task and task != "completions" else "held-out rows of the author's data"),
             dataset_config=plain(_subtask(facts)) or None,
             metric_type=slug("nll" if metric == "loss" else metric),
-            metric_name=metric_name(metric),
+            metric_name=metric_name(metric) + drawn,
             metric_value=round(value, 5),
         )
         for metric, value in figures.items()
@@ -205,6 +208,11 @@ def _prior(facts: "Facts") -> tuple[str, str]:
     schedule = facts.training.settings.get("prior_weight_schedule") or "constant"
     if weight == 0:
         pull = "The weight was 0: the prior drew the start, set the scale of the steps, and did not pull in training."
+    elif has_posterior(facts):
+        pull = (
+            f"The weight T was {told} (1 is Bayes' rule, less is colder): training looked for the posterior "
+            "p(θ | data) ∝ p(data | θ)^(1/T) p(θ)."
+        )
     elif weight == 1 and schedule == "constant":
         pull = "The weight was 1: training looked for the exact MAP estimate."
     else:
@@ -225,6 +233,7 @@ def _prior(facts: "Facts") -> tuple[str, str]:
             "Family": code(config["prior"]),
             "Settings": code(literal(public_value(config["prior_kwargs"]))) if config.get("prior_kwargs") else None,
             "Fitted on": _reference(facts),
+            "Inference": _inference(facts),
             "Weight": told + (f", schedule {escape(schedule)}" if schedule != "constant" else ""),
             "N": f"{count:,}" if count else None,
             "Coordinates": escape(config.get("coordinates")),
@@ -243,6 +252,13 @@ def _family(name: str) -> tuple[str, str]:
     kind = prior_class(name)
     words = (importlib.import_module(kind.__module__).__doc__ or "").partition("\n")[0]
     return code((inspect.getdoc(kind) or "").partition("\n")[0].rstrip(".:")), escape(words)
+
+
+def _inference(facts: "Facts") -> str | None:
+    if not has_posterior(facts):
+        return None
+    settings = facts.config.get("inference_kwargs")
+    return code(facts.config["inference"]) + (f" {code(literal(public_value(settings)))}" if settings else "")
 
 
 def _layers(facts: "Facts") -> str:
@@ -316,7 +332,8 @@ def _flag(name: str, value: Any) -> str:
 
 def _configuration(facts: "Facts") -> str:
     """The prompt's and the training's settings as YAML, the keys of a recipe."""
-    names = ("tuning", "prior", "prior_kwargs", "layers", "coordinates", "prior_weight", "num_virtual_tokens", "seed")
+    names = ["tuning", "prior", "prior_kwargs", "layers", "coordinates", "prior_weight", "num_virtual_tokens", "seed"]
+    names += ["inference", "inference_kwargs"] if has_posterior(facts) else []
     settings = {name: facts.config[name] for name in names if facts.config.get(name) not in (None, {})}
     if not facts.config:
         settings = {"num_virtual_tokens": facts.stock.get("num_virtual_tokens")}

@@ -5,6 +5,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from ..analysis import claims
+from .card_posterior import RELIABILITY, calibrations, label, posterior
 from .markdown import code, escape, plain, table
 
 
@@ -15,7 +16,9 @@ Figures = dict[str, float]
 
 # Metrics that are shares of rows, whose standard error follows from their number.
 _SHARES = ("exact_match", "accuracy", "accuracy_by_likelihood", "exact_match_by_likelihood")
-_NAMES = {"loss": "NLL (nats per answer token)", "nll": "NLL (nats per answer token)"}
+_NLL = "NLL (nats per answer token)"
+# Those that come first in a table, in that order.
+_NAMES = {"loss": _NLL, "nll": _NLL, "ece": "ECE"}
 _MOST_TOKENS = 32
 # With what they show for readers who can't see them.
 _PICTURES = {
@@ -47,42 +50,50 @@ def measured(facts: "Facts") -> tuple[Figures, int | None]:
 def results(facts: "Facts") -> str | None:
     """Figures of the prompt beside none and the one before training, and of several runs; None if none is known."""
     training, several = facts.training, len(facts.training.results) > 1
-    found = dict(facts.evaluation.get("figures") or {})
-    found = _initial(facts, found) | found
-    rows: dict[str, Figures] = {name: found.pop(name) for name in _BESIDE if name in found} | found
+    figures = dict(facts.evaluation.get("figures") or {})
+    figures = _initial(facts, figures) | figures
+    rows: dict[str, Figures] = {name: figures.pop(name) for name in _BESIDE if name in figures} | figures
     count = facts.evaluation.get("num_rows") if rows else training.num_eval_rows
+    evaluated = bool(rows)
     if not rows:
         rows = {f"{name}, before training": one for name, one in training.initial_results.items()}
-        rows |= training.results
+        rows |= {f"{name}, at its mean": one for name, one in training.mean_results.items()} | training.results
     parts = []
     if rows:
-        metrics = list(dict.fromkeys(metric for figures in rows.values() for metric in figures))
-        lines = [[escape(_named(name)), *_cells(one, metrics)] for name, one in rows.items()]
-        if several and rows.keys() >= training.results.keys():
+        found = dict.fromkeys(metric for figures in rows.values() for metric in figures)
+        metrics = [name for name in _NAMES if name in found] + [name for name in found if name not in _NAMES]
+        lines = [[escape(label(facts, name)), *_cells(one, metrics)] for name, one in rows.items()]
+        if several and not evaluated:
             lines.append(["mean ± standard deviation", *(_mean(training.results, metric) for metric in metrics)])
         on = f"On {count:,} evaluation rows:" if isinstance(count, int) else "On the evaluation rows:"
         parts.append(f"{on}\n\n{table(['', *(escape(metric_name(metric)) for metric in metrics)], lines)}")
+        if any("ece" in figures for figures in rows.values()):
+            parts.append(
+                "ECE is the expected calibration error: how far the likeliest token's probability is from how often it is "
+                "right (Guo et al., 2017)."
+            )
+    parts.append(posterior(facts) or "")
+    if calibrations(facts) and f"{RELIABILITY}.png" in facts.pictures:
+        parts.append(f"![How often the likeliest token is right, by its probability]({RELIABILITY}.png)")
     likelihoods = _likelihoods(facts)
     if likelihoods and "no prompt" not in rows:
         analysed = ((_analysed_adapter(facts) or {}).get("faithfulness") or {}).get("rows")
         on = f"On {analysed:,} rows of the analysis:" if isinstance(analysed, int) else "In the analysis:"
         lines = [[name, claims.number(value, 4)] for name, value in likelihoods.items()]
-        parts.append(f"{on}\n\n{table(['', _NAMES['nll']], lines)}")
+        parts.append(f"{on}\n\n{table(['', _NLL], lines)}")
     parts.append(_runs(facts) or "")
     return "\n\n".join(part for part in parts if part) or None
 
 
 def _initial(facts: "Facts", found: dict[str, Figures]) -> dict[str, Figures]:
     """Figures before training from its own log, if it was evaluated on the same rows: the loss after it is the same."""
+    if facts.training.posterior_draws:  # averaged over draws, before training too
+        return {}
     before = facts.training.initial_results.get(facts.name)
     loss = facts.training.results.get(facts.name, {}).get("loss", math.nan)
     if not before or not math.isclose(loss, found.get("this prompt", {}).get("nll", math.nan), rel_tol=1e-3):
         return {}
     return {"before training": {"nll" if name == "loss" else name: value for name, value in before.items()}}
-
-
-def _named(name: str) -> str:
-    return name.replace("default", "this prompt", 1) if name.startswith("default") else name
 
 
 def _cells(figures: Figures, metrics: list[str]) -> list[str]:

@@ -69,6 +69,9 @@ class TrainingFacts:
         learning_rates: Of each prompt.
         results: Figures of each prompt on the evaluation rows; `loss` is in nats per answer token.
         initial_results: The same of the prompt before training.
+        posterior_draws: Prompts drawn from the posterior that `results` average; None where it is a point.
+        mean_results: Of each prompt with a posterior, `loss` and `ece` at its mean.
+        calibration: What each `ece` is of, see `calibration.Calibration`, by the prompt's name, or `NAME, at its mean`.
         datasets: Hub ids of the training data.
         recipe: What `priors-peft train` was given, flag by flag.
         repo_id: Where it was pushed to last.
@@ -88,6 +91,9 @@ class TrainingFacts:
     learning_rates: dict[str, float] = field(default_factory=dict)
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     initial_results: dict[str, dict[str, float]] = field(default_factory=dict)
+    posterior_draws: int | None = None
+    mean_results: dict[str, dict[str, float]] = field(default_factory=dict)
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     repo_id: str | None = None
@@ -134,6 +140,7 @@ def collect_facts(
     evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     now = evaluation or next((entry for entry in evaluations if entry.get("step") == step), {})
     start = before or next((entry for entry in evaluations if entry.get("step") == 0), {})
+    is_point = all(trainer.model.prompt_encoder[name].posterior is None for name in names)
     runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     return TrainingFacts(
         base_model=public_name(config.base_model_name_or_path),
@@ -150,6 +157,7 @@ def collect_facts(
         learning_rates=dict(trainer.learning_rates),
         results=_by_prompt(now, names),
         initial_results={} if step == 0 else _by_prompt(start, names),
+        posterior_draws=None if is_point else args.posterior_draws,
         datasets=_hub_sources(trainer.train_dataset),
         recipe=dict(trainer.recipe),
         repo_id=trainer.hub_model_id,

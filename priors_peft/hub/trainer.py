@@ -9,12 +9,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from ..calibration import Calibration
 from ..files import atomic_path
+from ..inference.predictive import Prediction, predict
 from ..sharding import is_sharded
 from .adapter import ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS
 from .card import CARD, adapters_in, write_card
@@ -43,11 +46,13 @@ class HubTrainer(Trainer):
 
     Attributes:
         recipe: The flags that `priors-peft train` was given, for the card.
+        calibrations: Of each prompt, by the last evaluation.
     """
 
     recipe: dict[str, Any] = {}
+    calibrations: dict[str, Calibration] = {}
     hub_model_id: str | None = None
-    _evaluated: tuple[int, dict[str, float]] | None = None
+    _evaluated: tuple[int, dict[str, float], dict[str, Calibration], dict[str, Prediction]] | None = None
     _before: dict[str, float] | None = None
     _saved = False
 
@@ -55,7 +60,7 @@ class HubTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; figures that were measured since the last training are those before this one."""
-        step, figures = self._evaluated or (None, None)
+        step, figures, *_ = self._evaluated or (None, None)
         same = step == self.state.global_step and not (step and resume_from_checkpoint)
         self._before, self._evaluated = figures if same else None, None
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -64,10 +69,23 @@ class HubTrainer(Trainer):
         """As `Trainer`'s; figures of the trainer's own evaluation rows go onto the card, if the prompt was saved."""
         figures = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and not self.is_in_train:
-            self._evaluated = self.state.global_step, figures
+            self._evaluated = self.state.global_step, figures, dict(self.calibrations), self._at_means()
             if self._saved and self.is_world_process_zero():
                 self._try_card(Path(self.args.output_dir))
         return figures
+
+    def _at_means(self) -> dict[str, Prediction]:
+        """What prompts with a posterior predict at its mean, which is what the stock adapter holds."""
+        rows, found, active = self.eval_dataset, {}, self.model.active_adapter
+        for name in self.adapter_names if isinstance(rows, Dataset) and self.is_world_process_zero() else ():
+            if self.model.prompt_encoder[name].posterior is None:
+                continue
+            self.model.active_adapter = name
+            try:
+                found[name] = predict(self.model, self.processing_class, rows, 1, self.args.eval_batch_size)
+            finally:
+                self.model.active_adapter = active
+        return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s, but that only the prompt is gathered where the model is sharded; every process calls this."""
@@ -116,8 +134,13 @@ class HubTrainer(Trainer):
             logger.warning("The card of %s could not be made: %s", folder, error)
 
     def _write_card(self, folder: Path, **options: Any) -> None:
-        step, figures = self._evaluated or (None, None)
-        facts = collect_facts(self, figures if step == self.state.global_step else None, self._before)
+        step, figures, calibrations, means = self._evaluated or (None, None, {}, {})
+        if step != self.state.global_step:
+            figures, calibrations, means = None, {}, {}
+        facts = collect_facts(self, figures, self._before)
+        facts.mean_results = {name: {"loss": of.nll, "ece": of.calibration.error} for name, of in means.items()}
+        calibrations = calibrations | {f"{name}, at its mean": of.calibration for name, of in means.items()}
+        facts.calibration = {name: of.to_dict() for name, of in calibrations.items()}
         facts.repo_id = facts.repo_id or read_facts(folder).repo_id
         facts.save(folder)
         write_card(folder, **options)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -13,37 +13,17 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from ..architecture import expand_cache
+from ..calibration import Calibration, calibration
 from ..data import IGNORED, pad, tokenize
 from ..head import MOST_LOGITS, logits_of
+from ..sharding import is_sharded
 
 
 if TYPE_CHECKING:
     from ..model import PriorPeftModel
 
-BINS = 10
 # What `generate` hands a model's forward a row of for each row.
 OF_ROWS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-
-
-@dataclass
-class Calibration:
-    """How often the likeliest token is right, by how likely it is said to be (Guo et al., 2017).
-
-    Args:
-        error: Expected calibration error, in [0, 1].
-        counts: Tokens in each of ten equal intervals of confidence.
-        confidence: Mean probability of the likeliest token in each; 0 where there are none.
-        accuracy: Share of them that are right; 0 where there are none.
-    """
-
-    error: float
-    counts: list[int]
-    confidence: list[float]
-    accuracy: list[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
 
 
 @dataclass
@@ -77,7 +57,7 @@ def predict(
         model: The tuned model.
         tokenizer: Its tokenizer.
         dataset: Rows with `prompt` and `completion`.
-        count: Number of draws, all in one pass over each batch; 1 takes the prompt itself.
+        count: Number of draws, all in one pass over each batch; 1 takes the posterior's mean.
         batch_size: Rows a batch.
         seed: Of the draws.
 
@@ -90,7 +70,8 @@ def predict(
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        with model.averaged(count, seed), tqdm(total=len(rows), desc="Predicting", leave=False, delay=2) as progress:
+        averaged = model.averaged(count, seed) if count > 1 else nullcontext()
+        with averaged, tqdm(total=len(rows), desc="Predicting", leave=False, delay=2) as progress:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
                 fills = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
@@ -99,8 +80,8 @@ def predict(
                     for name, fill in fills.items()
                 }
                 states, supervision = model.predicting_states(**batch)
-                for name, values in _scores(model.base_model, states, supervision.targets).items():
-                    found[name].append(values)
+                for name, values in token_scores(model.base_model, states, supervision.targets).items():
+                    found[name].append(values.cpu())
                 found["row"].append(torch.tensor(chunk)[supervision.rows.cpu()])
                 progress.update(len(chunk))
     finally:
@@ -122,19 +103,6 @@ def predict(
     )
 
 
-def calibration(confidence: Tensor, right: Tensor) -> Calibration:
-    """Calibration of predictions with a confidence in [0, 1] `[n]` that were right or not `[n]`."""
-    bins = (confidence * BINS).long().clamp(0, BINS - 1)
-    counts = torch.bincount(bins, minlength=BINS)
-    of_bin = [
-        torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, values.double()) / counts.clamp_min(1)
-        for values in (confidence, right)
-    ]
-    gaps = (of_bin[0] - of_bin[1]).abs()
-    error = (gaps * counts).sum() / counts.sum().clamp_min(1)
-    return Calibration(error.item(), counts.tolist(), of_bin[0].tolist(), of_bin[1].tolist())
-
-
 def mean_log_prob(log_probs: Tensor) -> Tensor:
     """Log of the mean probability over the first dimension: `[K, ...]` to `[...]`."""
     return log_probs.logsumexp(0) - math.log(len(log_probs))
@@ -147,20 +115,35 @@ def mean_logits(logits: Tensor, count: int) -> Tensor:
     return mean_log_prob(logits.float().log_softmax(-1).unflatten(0, (count, -1)))
 
 
-def _scores(base: PreTrainedModel, states: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Figures of each supervised token, on the CPU, shape `[N]`, from states `[K, N, d]`."""
+def token_scores(
+    base: PreTrainedModel, states: Tensor, targets: Tensor, with_entropy: bool = True
+) -> dict[str, Tensor]:
+    """Figures of each supervised token, shape `[N]`, from the states `[K, N, d]` that predict it after each of K draws.
+
+    Args:
+        base: The base model, whose head is used.
+        states: Final hidden states.
+        targets: Token ids, shape `[N]`.
+        with_entropy: Whether entropies are wanted too, which take as long as all else.
+
+    Returns:
+        Of averaged probabilities `nll` in nats, `sure`, the likeliest token's probability, and `right`, whether it is the
+        target; `entropy`, and `expected`, the mean over draws of each one's, in nats.
+    """
     most = max(1, MOST_LOGITS // (len(states) * base.config.get_text_config().vocab_size))
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("nll", "sure", "right", "entropy", "expected")}
+    if is_sharded(base):  # processes must use the head equally often
+        most = max(1, len(targets))
+    parts: dict[str, list[Tensor]] = {}
     for chunk, wanted in zip(states.split(most, dim=1), targets.split(most), strict=True):
         log_probs = logits_of(base, chunk).float().log_softmax(-1)
-        mean = mean_log_prob(log_probs)
+        mean = mean_log_prob(log_probs) if len(log_probs) > 1 else log_probs[0]
         sure, likeliest = mean.max(-1)
-        parts["nll"].append(-mean.gather(1, wanted[:, None])[:, 0])
-        parts["sure"].append(sure.exp())
-        parts["right"].append((likeliest == wanted).float())
-        parts["entropy"].append(_entropy(mean))
-        parts["expected"].append(_entropy(log_probs).mean(0))
-    return {name: torch.cat(values).cpu() for name, values in parts.items()}
+        found = {"nll": -mean.gather(1, wanted[:, None])[:, 0], "sure": sure.exp(), "right": likeliest == wanted}
+        if with_entropy:
+            found |= {"entropy": _entropy(mean), "expected": _entropy(log_probs).mean(0)}
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

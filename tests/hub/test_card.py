@@ -80,6 +80,10 @@ def adapter_base(folder):
     return base
 
 
+def measured(logged):
+    return {name: logged[f"eval_{name}"] for name in ("loss", "ece")}
+
+
 def figures(card):
     return {result.metric_type: result.metric_value for result in card.data.eval_results}
 
@@ -110,20 +114,20 @@ def test_the_initial_prompts_results_are_those_before_training(tmp_path):
     args = PriorTrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
     rows = addition_rows(12)
     trainer = PriorTrainer(model, args, rows, rows[:4], processing_class=tokenizer)
-    before = trainer.evaluate()["eval_loss"]
+    before = measured(trainer.evaluate())
     trainer.train()
     assert collect_facts(trainer).results == {}  # not evaluated since
     trainer.save_model()
-    after = trainer.evaluate()["eval_loss"]
+    after = measured(trainer.evaluate())
     facts = read_facts(tmp_path)
-    assert facts.initial_results == {"default": {"loss": before}} and facts.results == {"default": {"loss": after}}
+    assert facts.initial_results == {"default": before} and facts.results == {"default": after}
     trainer.evaluate(rows[4:])  # other rows' figures are not the prompt's on its own
-    assert read_facts(tmp_path).results == {"default": {"loss": after}}
-    assert figures(ModelCard.load(tmp_path / CARD))["nll"] == pytest.approx(after, abs=1e-5)
+    assert read_facts(tmp_path).results == {"default": after}
+    assert figures(ModelCard.load(tmp_path / CARD))["nll"] == pytest.approx(after["loss"], abs=1e-5)
     trainer.train()
     trainer.save_model()
     facts = read_facts(tmp_path)  # what came of the first training is where the second began
-    assert facts.initial_results == {"default": {"loss": after}} and facts.results == {}
+    assert facts.initial_results == {"default": after} and facts.results == {}
     trainer.train()  # nothing was measured since
     trainer.save_model()
     assert read_facts(tmp_path).initial_results == {}
@@ -138,13 +142,13 @@ def test_of_the_best_model_the_best_steps_results_are_told(tmp_path):
     trainer = PriorTrainer(model, args, addition_rows(16), addition_rows(6, start=400), processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    best_step = min(losses, key=losses.get)
+    logged = {entry["step"]: measured(entry) for entry in trainer.state.log_history if "eval_loss" in entry}
+    best_step = min(logged, key=lambda step: logged[step]["loss"])
     facts = read_facts(tmp_path)
     assert best_step < 8 and facts.steps == best_step
-    assert facts.results == {"default": {"loss": losses[best_step]}}
+    assert facts.results == {"default": logged[best_step]}
     checkpoint = read_facts(tmp_path / "checkpoint-8")
-    assert checkpoint.steps == 8 and checkpoint.results == {"default": {"loss": losses[8]}}
+    assert checkpoint.steps == 8 and checkpoint.results == {"default": logged[8]}
 
 
 def test_a_saved_prompt_gets_a_card_without_what_is_unknown(tmp_path, hub):

@@ -12,7 +12,7 @@ from test_trainer import coordinate, make_trainer
 
 from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
 from priors_peft.inference.posterior import SCALE_RATE, GaussianPosterior, SampledPosterior
-from priors_peft.inference.predictive import calibration, predict
+from priors_peft.inference.predictive import predict
 from priors_peft.inference.variational import divergence
 
 
@@ -286,15 +286,6 @@ def test_uncertainty_splits_into_what_draws_share_and_what_they_disagree_on():
     model.prompt_encoder["default"].posterior = None
     point = predict(model, make_tokenizer(), rows, count=6)
     assert point.mutual_information == pytest.approx([0] * 5, abs=1e-5)
-
-
-def test_calibration_errs_by_the_gap_between_confidence_and_accuracy():
-    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55, 1.0, 0.0])
-    right = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
-    found = calibration(confidence, right)
-    # Of 5 in the highest interval 4 are right at a mean confidence of 0.96; 2 at 0.55 are half right; 1 at 0 is wrong.
-    assert found.counts == [1, 0, 0, 0, 0, 2, 0, 0, 0, 5]
-    assert found.error == pytest.approx((5 * (0.96 - 0.8) + 2 * 0.05) / 8)
 
 
 def test_what_a_posterior_needs_is_said_before_training(tmp_path):

@@ -1,0 +1,88 @@
+"""Cards tell how sure a prompt is, and what was drawn from its posterior."""
+
+import json
+import re
+
+import pytest
+from conftest import addition_rows, make_model, make_tokenizer
+from huggingface_hub import ModelCard
+from test_card import make_base, train
+
+from priors_peft import PriorConfig, PriorTrainer, PriorTrainingArguments, get_prior_model
+from priors_peft.cli import main
+from priors_peft.hub.card import CARD
+from priors_peft.hub.facts import read_facts
+
+
+def row(card, name):
+    """The cells of a row of the card's tables."""
+    return next(line for line in card.splitlines() if line.startswith(f"| {name} |")).split(" | ")[1:]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("posterior")
+
+
+@pytest.fixture(scope="module")
+def variational(place):
+    flags = ("--inference", "variational", "--prior_weight", "0.1", "--posterior_draws", "3")
+    return train(make_base(place), place / "out", *flags)
+
+
+def test_a_trained_posteriors_card_has_its_mean_beside_the_average(variational):
+    card, facts = (variational / CARD).read_text(), read_facts(variational)
+    (average,), (mean,) = facts.results.values(), facts.mean_results.values()
+    assert average["loss"] != mean["loss"] and facts.posterior_draws == 3
+    for name, figures in (("this prompt, at its mean", mean), ("this prompt, averaged over 3 draws", average)):
+        assert row(card, name)[:2] == [f"{figures['loss']:.4g}", f"{figures['ece']:.4g}".rstrip("0")]
+    assert "a Gaussian with a variance for each coordinate (variational inference)" in card
+    assert "![How often the likeliest token is right, by its probability](reliability.png)" in card
+    assert (variational / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert facts.calibration.keys() == {"default", "default, at its mean"}
+    assert "1 is Bayes' rule, less is colder" in card and "posterior's mode" not in card
+    measured = {result.metric_type: result.metric_name for result in ModelCard(card).data.eval_results}
+    assert measured["nll"] == "NLL (nats per answer token), averaged over 3 draws"
+    assert 'inference: "variational"' in card
+
+
+def test_evaluate_measures_what_training_did(variational, place, capsys):
+    given = ["--train_file", str(place / "rows.jsonl"), "--num_eval", "8", "--posterior_draws", "3"]
+    facts = read_facts(variational)
+    assert main(["evaluate", str(variational), *given]) == 0
+    assert re.search(r"\| NLL \(nats/token\) +\| ECE", capsys.readouterr().out)
+    kept = json.loads((variational / "evaluation.json").read_text())
+    pairs = (("this prompt", facts.mean_results), ("averaged over 3 draws", facts.results))
+    for name, trained in pairs:
+        assert kept["figures"][name]["nll"] == pytest.approx(trained["default"]["loss"], rel=1e-4)
+        assert kept["figures"][name]["ece"] == pytest.approx(trained["default"]["ece"], abs=1e-4)
+        assert kept["calibration"][name]["error"] == kept["figures"][name]["ece"]
+    card = (variational / CARD).read_text()
+    for name in ("no prompt", "this prompt, at its mean", "this prompt, averaged over 3 draws"):
+        assert row(card, name)
+
+
+@pytest.mark.parametrize(
+    ("inference", "settings", "told"),
+    [
+        ("map", {}, None),
+        ("laplace", {"num_draws": 3}, "narrower than the prior in 3 directions"),
+        ("sghmc", {"num_samples": 2, "cycles": 1}, "2 draws of a Markov chain"),
+        ("svgd", {"num_particles": 2}, "2 particles"),
+    ],
+)
+def test_what_was_drawn_is_said(tmp_path, inference, settings, told):
+    tokenizer, rows = make_tokenizer(), addition_rows(12)
+    config = PriorConfig(num_virtual_tokens=4, inference=inference, inference_kwargs=settings)
+    model = get_prior_model(make_model(), config, tokenizer=tokenizer)
+    args = PriorTrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    trainer = PriorTrainer(model, args, rows, rows[:4], processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate(rows[4:])  # other rows' calibration is not the prompt's on its own
+    assert read_facts(tmp_path).calibration == {} and "reliability.png" not in (tmp_path / CARD).read_text()
+    trainer.evaluate()
+    card = (tmp_path / CARD).read_text()
+    assert "![How often" in card and "ECE" in card
+    assert (told is None) == ("The posterior is" not in card) and (told or "") in card
+    assert (told is None) == ("at its mean" not in card)
