@@ -13,7 +13,7 @@ _LOCATIONS = {
     "get_prior_model": "model",
     "PriorPromptEncoder": "prompt",
     "PriorTrainer": "trainer",
-    "PriorTrainingArguments": "trainer",
+    "PriorTrainingArguments": "training_arguments",
     "PriorCallback": "callback",
     "load_base_model": "hub.base_model",
     "pipeline": "hub.loading",
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from .hub.loading import pipeline
     from .model import PriorPeftModel, get_prior_model
     from .prompt import PriorPromptEncoder
-    from .trainer import PriorTrainer, PriorTrainingArguments
+    from .trainer import PriorTrainer
+    from .training_arguments import PriorTrainingArguments
 
 
 def __getattr__(name: str) -> Any:

@@ -1,96 +1,36 @@
-"""Training under a prior: `PriorTrainer` and its arguments."""
+"""Training under a prior: `PriorTrainer`."""
 
 import copy
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    DataCollatorForSeq2Seq,
-    EvalPrediction,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers import DataCollatorForSeq2Seq, EvalPrediction, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .calibration import calibration_of
 from .callback import PriorCallback, suffix, weight_at
-from .data import IGNORED, count_supervised_tokens, padded_text, prompts_of, tokenize
+from .checks import check_adapters, check_options, check_processes, check_types
+from .data import IGNORED, count_supervised_tokens, tokenize
+from .evaluating import LikelihoodTrainer
 from .files import check_writable
-from .hub.trainer import HubTrainer
 from .inference.base import inference_from
-from .inference.map import choose_weight, weight_factor
+from .inference.map import choose_weight
 from .model import PriorPeftModel
-from .sharding import as_forward, share
+from .sharding import share
 from .tracking import TrackingCallback
+from .training_arguments import PriorTrainingArguments
 
 
 # The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale.
 WHITENED_LEARNING_RATE = 0.3
 
 
-@dataclass
-class PriorTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults that suit prompts.
-
-    Args:
-        learning_rate: 0.3 in whitened coordinates if None; in plain ones 0.3 prior standard deviations.
-        max_length: Most tokens of a row, virtual tokens not counted; the model's context less the prompt if None.
-        max_new_tokens: Most tokens generated for an answer in evaluation.
-        posterior_draws: Prompts drawn from the posterior whose token probabilities evaluation averages; where the posterior
-            is a point, as in MAP, it is the prompt itself.
-        prior_weight_schedule: How `prior_weight` changes in training, see `inference.map.weight_factor`.
-        train_sampling_strategy: `"random"` if None, or `"group_by_length"` where rows must be padded (ALiBi models,
-            gradient checkpointing).
-    """
-
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "0.3 in whitened coordinates if unset; in plain ones times the prior's scale"}
-    )
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1"})
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "Buffers are the prior's, and equal on all processes from the start"}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "The one trainable parameter is used in every step"}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row, without virtual tokens"})
-    max_new_tokens: int = field(default=32, metadata={"help": "Most tokens generated for an answer in evaluation"})
-    train_sampling_strategy: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "random if unset, or group_by_length for models whose rows must be padded"},
-    )
-    posterior_draws: int = field(
-        default=8, metadata={"help": "Prompts drawn from the posterior in evaluation, if it is not a point"}
-    )
-    prior_weight_schedule: str = field(
-        default="constant", metadata={"help": "How prior_weight changes: constant, linear, cosine or cyclical"}
-    )
-
-    def __post_init__(self) -> None:
-        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
-            # Else accelerate takes each of the launched processes for the only one.
-            if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-                self.ddp_backend = self.ddp_backend or "gloo"  # type: ignore[has-type]
-            else:
-                self.use_cpu = True
-        super().__post_init__()
-        weight_factor(self.prior_weight_schedule, 0.0)
-        # Pinned memory is for copies to an accelerator; without one torch only warns.
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False
-
-
-class PriorTrainer(HubTrainer):
+class PriorTrainer(LikelihoodTrainer):
     """`Trainer` whose objective is `mean NLL − (prior_weight / N) · log p(θ)`, in nats per supervised token.
 
     N is the number of supervised tokens in the training set, so `prior_weight=1` is the exact MAP estimate. The
@@ -117,7 +57,6 @@ class PriorTrainer(HubTrainer):
         OSError: `output_dir` can't be written to or has no room, found out before anything is trained.
     """
 
-    compute_metrics: Any
     lr_scheduler: Any
     optimizer: Any
 
@@ -133,10 +72,10 @@ class PriorTrainer(HubTrainer):
         learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_types(model, args, processing_class)
+        check_types(model, args, processing_class)
         # What is filled in depends on the model, and the caller may use the arguments again for another.
         args = PriorTrainingArguments() if args is None else copy.copy(args)
-        _check_options(args, kwargs)
+        check_options(args, kwargs)
         if args.should_save:
             # The prompt, its prior and the optimizer's moments, in the checkpoints that are kept, one more, and at the end.
             state = model.prompt_encoder.state_dict().values()
@@ -144,7 +83,7 @@ class PriorTrainer(HubTrainer):
             saved += 16 * sum(part.numel() for part in model.prompt_encoder.parameters())
             check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
         self.adapter_names = list(adapter_names or [model.active_adapter])
-        _check_adapters(model, self.adapter_names, learning_rates, args)
+        check_adapters(model, self.adapter_names, learning_rates, args)
         config = model.peft_config[self.adapter_names[0]]
         self.inference = inference_from(config.inference, config.inference_kwargs)
         usual = args.learning_rate or self.inference.learning_rate
@@ -181,7 +120,7 @@ class PriorTrainer(HubTrainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
-        _check_processes(self)
+        check_processes(self)
         for name in self.adapter_names:
             share(model.prompt_encoder[name], args.device)
         self.model_accepts_loss_kwargs = True
@@ -356,84 +295,6 @@ class PriorTrainer(HubTrainer):
         # PEFT keeps adapters of other names in subfolders, where Trainer does not look.
         self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name, is_trainable=True)
 
-    # Evaluation
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As `Trainer`'s, for rows with `prompt` and `completion` too."""
-        named = eval_dataset is None or isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(eval_dataset if named else self._encode(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As `Trainer`'s, for rows with `prompt` and `completion` too."""
-        return super().get_test_dataloader(self._encode(test_dataset))
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """`Trainer`'s loop, with a loss that is exact: nats per supervised token over all rows, not a mean of means."""
-        users_metrics, active = self.compute_metrics, self.model.active_adapter
-        order = _by_length(dataloader.dataset)
-        self.compute_metrics = partial(_figures, users_metrics=users_metrics, order=order)
-        figures: dict[str, float] = {}
-        try:
-            with self.model.cached_prompt():
-                for name in self.adapter_names:
-                    self.model.active_adapter = name
-                    with self.model.averaged(self.args.posterior_draws):
-                        output = super().evaluation_loop(
-                            dataloader, description, False, ignore_keys, metric_key_prefix
-                        )
-                    self.calibrations[name] = calibration_of(torch.from_numpy(output.predictions[2]).sum(0))
-                    for key, value in output.metrics.items():
-                        figures[key + suffix(name, self.adapter_names)] = value
-        finally:
-            self.compute_metrics, self.model.active_adapter = users_metrics, active
-        if len(self.adapter_names) > 1:
-            losses = [value for key, value in figures.items() if key.startswith(f"{metric_key_prefix}_loss/")]
-            figures[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
-        answers, labels = (_in_order(part, order) for part in (_generated(output.predictions), output.label_ids))
-        return output._replace(predictions=answers, label_ids=labels, metrics=figures)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return _by_length(eval_dataset)
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor | Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, tuple[Tensor, ...], Tensor]:
-        """Likelihood of each row's answer and, if there are metrics to compute, a generated answer."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, return_logits=False)
-            scores: tuple[Tensor, ...] = (outputs.row_nll, outputs.row_tokens, outputs.row_bins)
-            if self.compute_metrics is not None and self.compute_metrics.keywords["users_metrics"] is not None:
-                scores = (*scores, self._answers(model, inputs))
-        return None, scores, inputs["labels"]
-
-    def _answers(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        rows = prompts_of(inputs["input_ids"].tolist(), mask.tolist(), inputs["labels"].tolist())
-        if self._max_length:
-            # Room for the answer within the context, at the cost of the prompt's start as in training.
-            room = max(1, self._max_length - self.args.max_new_tokens)
-            rows = [row[-room:] for row in rows]
-        prompts = padded_text(rows, self.processing_class.pad_token_id, "left", self.args.device)
-        generated = as_forward(self.accelerator.unwrap_model(model), "generate")(
-            **prompts,
-            max_new_tokens=self.args.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.processing_class.pad_token_id,
-        )
-        return generated[:, prompts["input_ids"].shape[1] :]
-
 
 class _Inferring(TrainerCallback):
     """Tells an algorithm of the steps."""
@@ -451,68 +312,6 @@ class _Inferring(TrainerCallback):
         self._trainer.inference.finish(self._trainer)
 
 
-def _check_types(model: Any, args: Any, processing_class: Any) -> None:
-    if not isinstance(model, PriorPeftModel):
-        raise TypeError(f"model must be a PriorPeftModel (see get_prior_model), got {type(model).__name__}")
-    if args is not None and not isinstance(args, PriorTrainingArguments):
-        raise TypeError(f"args must be PriorTrainingArguments, got {type(args).__name__}")
-    if processing_class is None:
-        raise ValueError("processing_class must be the base model's tokenizer, got None")
-
-
-def _check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> None:
-    """Refuse what can't be honoured, and use one GPU where Trainer would split batches among threads."""
-    for name in ("label_smoothing_factor", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"):
-        if getattr(args, name):
-            raise ValueError(f"{name} must be off, got {getattr(args, name)}: the objective is an exact likelihood")
-    for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name} must be None: PriorTrainer has its own objective and evaluation")
-    if args.n_gpu > 1:
-        warnings.warn("Training on one GPU: start with `accelerate launch` to use all of them.")
-        args._n_gpu = 1
-
-
-def _check_processes(trainer: PriorTrainer) -> None:
-    """Refuse what can't be honoured on several processes, or by what shards a model over them."""
-    rows, processes = trainer.train_dataset, trainer.args.world_size
-    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if started != processes:
-        raise ValueError(
-            f"the launcher started {started} processes, but accelerate sees {processes}: start them with a file of "
-            "accelerate_configs/"
-        )
-    if hasattr(rows, "__len__") and len(rows) < processes:
-        raise ValueError(
-            f"train_dataset must have a row for each of the {processes} processes, got {len(rows)} rows: start fewer "
-            f"processes (--num_processes {len(rows)}) or give more rows"
-        )
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        return
-    if len(trainer.adapter_names) > 1:
-        raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
-    config = trainer.model.active_peft_config
-    if config.inference != "map":
-        raise ValueError(
-            f'inference must be "map" under DeepSpeed and FSDP, got {config.inference!r}: train on one GPU'
-        )
-    if config.prior_weight == "auto":
-        raise ValueError(
-            'prior_weight must be a number under DeepSpeed and FSDP, got "auto": choose it with DDP or on one GPU'
-        )
-    if trainer.args.bf16 or trainer.args.fp16:
-        raise ValueError(
-            "bf16 and fp16 must be off under DeepSpeed and FSDP, where they would round the prompt itself: the base "
-            "model's type is that of its checkpoint, or dtype's"
-        )
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):
-        raise ValueError(
-            "fsdp_config must have fsdp_version 2 and fsdp_cpu_ram_efficient_loading false (all processes fit the "
-            f"prior), got {plugin.fsdp_version} and {plugin.cpu_ram_efficient_loading}: see accelerate_configs/fsdp2.yaml"
-        )
-
-
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The last checkpoint that was written to its end (`trainer_state.json` comes last), or None."""
     paths = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -520,61 +319,8 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
 
 
-def _check_adapters(
-    model: PriorPeftModel, names: list[str], rates: dict[str, float] | None, args: TrainingArguments
-) -> None:
-    for argument, given in (("adapter_names", names), ("learning_rates", rates or {})):
-        valid = list(model.peft_config) if argument == "adapter_names" else names
-        if not set(given) <= set(valid) or len(set(given)) != len(given):
-            raise ValueError(f"{argument} must name prompts among {valid}, each once, got {list(given)}")
-    alone = [model.peft_config[name].inference for name in names]
-    alone = [kind for kind in alone if inference_from(kind, {}).alone]
-    if alone and len(names) > 1:
-        raise ValueError(f"adapter_names must name one prompt for inference={alone[0]!r}, got {names}")
-    if alone and args.load_best_model_at_end:
-        raise ValueError(
-            f"load_best_model_at_end must be False for inference={alone[0]!r}, which needs the last state"
-        )
-    if len(names) > 1:
-        if args.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end must be False for several adapter_names, whose best steps differ")
-        if any(model.peft_config[name].prior_weight == "auto" for name in names):
-            raise ValueError('prior_weight must be a number for several adapter_names, got "auto"')
-
-
 def _learning_rate(model: PriorPeftModel, name: str) -> float:
     if model.peft_config[name].coordinates == "whitened":
         return WHITENED_LEARNING_RATE
     scales = [prior.scale_tril.square().sum(-1).mean().sqrt() for prior in model.prompt_encoder[name].priors]
     return WHITENED_LEARNING_RATE * float(torch.stack(scales).mean())
-
-
-def _by_length(dataset: Any) -> list[int] | None:
-    """Rows from the longest to the shortest, so that rows that are decoded together need little padding."""
-    if not isinstance(dataset, Dataset):  # a stream, which is evaluated as it comes
-        return None
-    lengths = [len(row) for row in dataset["input_ids"]]
-    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
-
-
-def _in_order(rows: Any, order: list[int] | None) -> Any:
-    """Rows that came by length, in the data set's order; the last do not come where `dataloader_drop_last` is set."""
-    return rows if rows is None or order is None else rows[np.argsort(order[: len(rows)])]
-
-
-def _figures(
-    prediction: EvalPrediction,
-    users_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-    order: list[int] | None,
-) -> dict[str, float]:
-    nll, tokens, bins = prediction.predictions[:3]
-    figures = {"loss": float(np.sum(nll, dtype=np.float64) / max(1, np.sum(tokens)))}
-    figures["ece"] = calibration_of(torch.from_numpy(bins).sum(0)).error
-    if users_metrics is not None:
-        answers, labels = _generated(prediction.predictions), prediction.label_ids
-        figures |= users_metrics(EvalPrediction(_in_order(answers, order), _in_order(labels, order)))
-    return figures
-
-
-def _generated(predictions: Any) -> Any:
-    return predictions[3] if isinstance(predictions, tuple) and len(predictions) > 3 else None

@@ -7,8 +7,8 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from priors_peft import PriorConfig, get_prior_model
+from priors_peft.checks import check_processes
 from priors_peft.sharding import is_sharded, share, whole_state
-from priors_peft.trainer import _check_processes
 
 
 def trainer(processes: int = 8, rows: int = 8, **settings):
@@ -38,14 +38,14 @@ def eight_processes(monkeypatch):
 
 
 def test_fewer_rows_than_processes_are_refused_with_both_numbers(eight_processes):
-    _check_processes(trainer(rows=8))
+    check_processes(trainer(rows=8))
     with pytest.raises(ValueError, match="a row for each of the 8 processes, got 5 rows.*--num_processes 5"):
-        _check_processes(trainer(rows=5))
+        check_processes(trainer(rows=5))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(eight_processes):
     with pytest.raises(ValueError, match="started 8 processes, but accelerate sees 1: .*accelerate_configs/"):
-        _check_processes(trainer(processes=1))
+        check_processes(trainer(processes=1))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(eight_processes):
 )
 def test_what_a_sharded_model_can_not_honour_is_refused(eight_processes, settings, message):
     with pytest.raises(ValueError, match=message):
-        _check_processes(trainer(**settings))
+        check_processes(trainer(**settings))
 
 
 def test_every_process_gets_the_first_ones_prior_and_prompt(eight_processes, monkeypatch):

@@ -17,7 +17,8 @@ from ..hub.base_model import hub_id, load_base_model
 from ..hub.facts import SETTINGS, public_name, public_value
 from ..model import get_prior_model
 from ..tasks import Task, load_task
-from ..trainer import PriorTrainer, PriorTrainingArguments, last_checkpoint
+from ..trainer import PriorTrainer, last_checkpoint
+from ..training_arguments import PriorTrainingArguments
 from .arguments import ModelArguments, PromptArguments, TaskArguments, parse
 
 
