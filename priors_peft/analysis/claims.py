@@ -374,4 +374,4 @@ def gains(transfer: Part) -> list[list[float | None]]:
 def reliability_title(calibrations: Part) -> str:
     """Of the reliability diagram: the expected calibration error of each."""
     errors = "; ".join(f"{name} {one['error']:.3f}" for name, one in calibrations.items())
-    return f"Expected calibration error: {errors}"
+    return f"Expected calibration error (0 is best): {errors}"

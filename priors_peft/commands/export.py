@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> None:
         dtype=dtype_from(model_arguments.dtype),
         trust_remote_code=model_arguments.trust_remote_code,
     )
-    base = model_arguments.model or read_adapter(adapter).config.base_model_name_or_path
+    saved = read_adapter(adapter)
+    base = model_arguments.model or saved.config.base_model_name_or_path
     if args.to == "prompt-embeds" and base == BUNDLED:
         base = resolve_base_model(base)
-    print(f"Wrote {out}. To use it:\n\n{_NEXT[args.to].format(out=str(out), base=base)}")
+    of_posterior = ", the posterior's mean: its spread stays with the adapter" if saved.posterior else ""
+    print(f"Wrote {out}{of_posterior}. To use it:\n\n{_NEXT[args.to].format(out=str(out), base=base)}")

@@ -217,14 +217,17 @@ def _prior(facts: "Facts") -> tuple[str, str]:
         pull = "The weight was 1: training looked for the exact MAP estimate."
     else:
         pull = f"The weight was {told} (schedule {escape(schedule)}): a tempered posterior's mode."
+    bound = config.get("inference") == "variational"
+    penalty = "+ (prior_weight / N) · KL(q ‖ p)" if bound else "− (prior_weight / N) · log p(θ)"
+    variational = ", drawn from its posterior q at each step," if bound else ""
     moved = (
         "z in θ = µ + A z, with µ and A the prior's location and scale factor"
         if config.get("coordinates") == "whitened"
         else "θ itself"
     )
     text = (
-        f"{words} For each virtual token: {formula}.\n\nThe objective was `mean NLL − (prior_weight / N) · log p(θ)` in "
-        f"nats per answer token, with θ the prompt and N the answer tokens of the training set. {pull} Training moved "
+        f"{words} For each virtual token: {formula}.\n\nThe objective was `mean NLL {penalty}` in nats per answer token, "
+        f"with θ the prompt{variational} and N the answer tokens of the training set. {pull} Training moved "
         f"{moved}."
     )
     count = facts.training.num_supervised_tokens

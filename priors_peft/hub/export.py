@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The formats, and which of them hold deep prompts: those keep a state of every layer.
 FORMATS = {"peft": True, "prefix": True, "checkpoint": False, "prompt-embeds": False}
+# What a safetensors file of ours says of a prompt that is more than a point.
+_MEAN = {"posterior": "mean"}
 
 
 def export_adapter(
@@ -34,7 +36,7 @@ def export_adapter(
     trust_remote_code: bool = False,
     **hub_arguments: Any,
 ) -> Path:
-    """Write a prompt for another tool; docs/exports.md says which tool reads what.
+    """Write a prompt for another tool; docs/exports.md says which tool reads what. Of a posterior its mean is written.
 
     Args:
         adapter: A local folder or a Hub id.
@@ -98,7 +100,9 @@ def _write_prefix(out: Path, adapter: str | os.PathLike, base_model: str | None,
     with atomic_folder(out) as folder:
         tuned, _ = load_tuned(adapter, base_model, **options)
         config, weights = stock_adapter(tuned, tuned.active_adapter, as_prefix=True)
-        save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        point = tuned.prompt_encoder[tuned.active_adapter].posterior is None
+        about = {"format": "pt"} | ({} if point else _MEAN)
+        save_file(weights, folder / ADAPTER_WEIGHTS, metadata=about)
         write_json(folder / ADAPTER_CONFIG, config)
 
 
@@ -109,7 +113,7 @@ def _write_embeddings(out: Path, saved: SavedAdapter) -> None:
         raise FileExistsError(f"out must not exist, got {str(out)!r}, where something is")
     if out.suffix != ".safetensors":
         raise ValueError(f"out must be a file that ends in .safetensors for prompt-embeds, got {str(out)!r}")
-    about = {"num_virtual_tokens": str(saved.prompt.shape[1])}
+    about = {"num_virtual_tokens": str(saved.prompt.shape[1])} | (_MEAN if saved.posterior else {})
     if saved.config.base_model_name_or_path:
         about["base_model"] = saved.config.base_model_name_or_path
     with atomic_path(out) as path:

@@ -32,12 +32,12 @@ def draw(calibrations: claims.Part) -> "Figure | None":
         _counts(axes[0][place], name, one)
         _bars(axes[1][place], one)
     axes[0][0].set_ylabel("tokens")
-    axes[1][0].set_ylabel("share that is right")
+    axes[1][0].set_ylabel("how sure, and how often right")
     entries: dict[str, dict[str, Any]] = {
-        "is right this often": {"color": _RIGHT, "marker": "s", "markersize": 8},
-        "too sure by this much": {"color": _OVER, "marker": "s", "markersize": 8},
-        "right more often than said": {"color": _UNDER, "marker": "s", "markersize": 8},
-        "as sure as it is right": {"color": GREY, "linestyle": "--"},
+        "as sure as right": {"color": _RIGHT, "marker": "s", "markersize": 8},
+        "surer than right": {"color": _OVER, "marker": "s", "markersize": 8},
+        "right more often than sure": {"color": _UNDER, "marker": "s", "markersize": 8},
+        "perfectly calibrated": {"color": GREY, "linestyle": "--"},
     }
     add_legend(figure, entries, loc="outside lower left", ncols=4)
     return figure
