@@ -4,6 +4,8 @@ import hashlib
 import inspect
 import json
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +16,54 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from . import __version__
+from .architecture import supports_prompt_cache
 from .config import PriorConfig
 from .files import atomic_path, cache_dir
 from .names import check_choice
 from .priors import Moments, Prior, own_prior, prior_class
 from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
 from .prompt import PriorPromptEncoder
+from .sharding import shape
 
 
 logger = logging.getLogger(__name__)
+
+
+def complete(config: PriorConfig, model: Any) -> list[int]:
+    """Fill in what PEFT keeps about the base model; return the selected layers.
+
+    Raises:
+        ValueError: The configuration does not fit the base model.
+    """
+    text_config = model.config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and config.num_virtual_tokens >= context:
+        raise ValueError(
+            f"num_virtual_tokens must leave room for text in the model's context of {context} tokens, got "
+            f"{config.num_virtual_tokens}"
+        )
+    config.num_layers = text_config.num_hidden_layers
+    layers = config.selected_layers(config.num_layers)
+    config.token_dim = shape(model.get_input_embeddings().weight)[1]
+    if len(layers) > 1 and config.token_dim != text_config.hidden_size:
+        raise ValueError(
+            f'tuning must be "soft" for a model whose embeddings ({config.token_dim}) and hidden states '
+            f'({text_config.hidden_size}) differ in width, got "deep"'
+        )
+    if len(layers) > 1 and not supports_prompt_cache(model):
+        raise ValueError(
+            f'tuning must be "soft" for {type(model).__name__}, which has no key/value cache of every '
+            'layer, got "deep"'
+        )
+    config.num_attention_heads = text_config.num_attention_heads
+    config.num_transformer_submodules = 1
+    config.task_type = config.task_type or "CAUSAL_LM"
+    name = config.base_model_name_or_path or model.name_or_path or None
+    # A path that leads out of a folder means nothing to who loads the adapter from elsewhere, and is refused there.
+    config.base_model_name_or_path = os.path.abspath(name) if name and ".." in Path(name).parts else name
+    config.revision = config.revision or getattr(model.config, "_commit_hash", None)
+    json.dumps(config.to_dict())  # what can't be saved is found out now and not after training
+    return layers
 
 
 def new_encoder(

@@ -1,31 +1,26 @@
 """The tuned model: a prompt pass for the whole batch, a text pass, and the head on supervised positions only."""
 
-import copy
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import logging
 
-from .architecture import check_base_model, expand_cache, supports_prompt_cache
-from .batch import Supervision, Text, extended_mask
+from .adapters import AdapterModel
+from .architecture import expand_cache, supports_prompt_cache
+from .batch import Supervision, Text
 from .calibration import row_bins
 from .config import PriorConfig
-from .fitting import has_free_scale, new_encoder
+from .generation import generate_after
 from .head import logits_of, supervised_nll
-from .inference.base import inference_from
-from .inference.predictive import averaging_forward, joined_caches, mean_log_prob, mean_logits, token_scores
+from .inference.predictive import mean_log_prob, mean_logits, token_scores
 from .packing import Unpackable, supports_packing
 from .passes import (
     Prompt,
@@ -33,23 +28,16 @@ from .passes import (
     cached_pass,
     concatenated_pass,
     continued,
-    deep_prompts,
     packed_pass,
     prompt_pass,
-    prompted_embeddings,
 )
-from .priors.reference import Provenance
-from .sharding import is_sharded, shape
+from .sharding import is_sharded
 
-
-if TYPE_CHECKING:
-    from .hub.adapter import SavedAdapter
 
 logger = logging.get_logger(__name__)
 
 # What a packed sequence, or rows with different prompts, can't give back.
 _EXTRAS = ("use_cache", "output_hidden_states", "output_attentions")
-_REPEATING = ("num_beams", "num_return_sequences")
 
 # `transformers.pipeline` knows models by the name of their class; without this it prints an error and works all the same.
 SUPPORTED_PEFT_TASKS["text-generation"].append("PriorPeftModel")
@@ -75,7 +63,7 @@ class PriorCausalLMOutput(CausalLMOutputWithPast):
     log_prior: Tensor | None = None
 
 
-class PriorPeftModel(PeftModelForCausalLM):
+class PriorPeftModel(AdapterModel):
     """A frozen causal language model with a soft or deep prompt under a prior.
 
     Args:
@@ -89,127 +77,9 @@ class PriorPeftModel(PeftModelForCausalLM):
         ValueError: The base model can't take a prompt, or the configuration does not fit it.
     """
 
-    prompt_encoder: Any
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        peft_config: PriorConfig,
-        adapter_name: str = "default",
-        tokenizer: Any | None = None,
-        saved: "SavedAdapter | None" = None,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        check_base_model(model)
-        self._takes_cache = supports_prompt_cache(model)
-        self._unpackable = False
-        self._kept: dict[Any, tuple[Any, PromptState, list[Tensor]]] | None = None
-        self._averaged: tuple[int, int] | None = None
-        self.tokenizer = tokenizer
-        self.provenance: dict[str, list[Provenance]] = {}
-        # PeftModel's constructor calls `add_adapter`, which can't take more arguments there.
-        self._saved = saved
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.train(model.training)
-
-    # Adapters
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PriorConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add an untrained prompt: fit its prior on the reference and draw its start from it.
-
-        Soft and deep prompts may live side by side. `low_cpu_mem_usage` and `autocast_adapter_dtype` are PEFT's and
-        change nothing here: a prompt is small and always float32.
-        """
-        saved, self._saved = self._saved, None
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name must be new, got {adapter_name!r}, which this model already has")
-        if not isinstance(peft_config, PriorConfig):
-            raise TypeError(f"peft_config must be a PriorConfig, got {type(peft_config).__name__}")
-        # A copy, since what is filled in belongs to this base model and the caller may use the configuration again.
-        peft_config = copy.copy(peft_config)
-        layers = self._prepare_config(peft_config)
-        if saved is None:
-            encoder, provenance = new_encoder(self.base_model, peft_config, layers, self.tokenizer)
-        else:
-            encoder, provenance = saved.encoder(), saved.provenance
-        if encoder.posterior is None:
-            inference = inference_from(peft_config.inference, peft_config.inference_kwargs)
-            encoder.posterior = inference.start(encoder)
-        encoder.free_scale = has_free_scale(peft_config)
-        if encoder.free_scale and not all(prior.is_gaussian for prior in encoder.priors):
-            raise ValueError(
-                f'prior must be Gaussian for prior_kwargs={{"scale": "evidence"}}, got {peft_config.prior!r}'
-            )
-        if not hasattr(self, "prompt_encoder"):
-            self.prompt_encoder = nn.ModuleDict()
-            self.base_model.requires_grad_(False)
-        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.get_input_embeddings().weight.device)
-        self.peft_config[adapter_name] = peft_config
-        self.provenance[adapter_name] = provenance
-        self.set_requires_grad(adapter_name, adapter_name == self.active_adapter and not peft_config.inference_mode)
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make a prompt the active one; it alone is trainable, unless `inference_mode`."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name must be one of {list(self.peft_config)}, got {adapter_name!r}")
-        self.active_adapter = adapter_name
-        for name in self.peft_config:
-            self.set_requires_grad(name, name == adapter_name and not inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Turn the gradients of prompts on or off."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.prompt_encoder[name].requires_grad_(requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a prompt; if it was active, the first that is left becomes active."""
-        if adapter_name not in self.peft_config or len(self.peft_config) == 1:
-            raise ValueError(
-                f"adapter_name must be one of {list(self.peft_config)} and not the last, got {adapter_name!r}"
-            )
-        del self.peft_config[adapter_name], self.prompt_encoder[adapter_name]
-        self.provenance.pop(adapter_name, None)
-        if self.active_adapter == adapter_name:
-            self.set_adapter(next(iter(self.peft_config)))
-
-    def _prepare_config(self, config: PriorConfig) -> list[int]:
-        """Fill in what PEFT keeps about the base model; return the selected layers."""
-        text_config = self.base_model.config.get_text_config()
-        context = getattr(text_config, "max_position_embeddings", None)
-        if context is not None and config.num_virtual_tokens >= context:
-            raise ValueError(
-                f"num_virtual_tokens must leave room for text in the model's context of {context} tokens, got "
-                f"{config.num_virtual_tokens}"
-            )
-        config.num_layers = text_config.num_hidden_layers
-        layers = config.selected_layers(config.num_layers)
-        config.token_dim = shape(self.base_model.get_input_embeddings().weight)[1]
-        if len(layers) > 1 and config.token_dim != text_config.hidden_size:
-            raise ValueError(
-                f'tuning must be "soft" for a model whose embeddings ({config.token_dim}) and hidden states '
-                f'({text_config.hidden_size}) differ in width, got "deep"'
-            )
-        if len(layers) > 1 and not self._takes_cache:
-            raise ValueError(
-                f'tuning must be "soft" for {type(self.base_model).__name__}, which has no key/value cache of every '
-                'layer, got "deep"'
-            )
-        config.num_attention_heads = text_config.num_attention_heads
-        config.num_transformer_submodules = 1
-        config.task_type = config.task_type or "CAUSAL_LM"
-        name = config.base_model_name_or_path or self.base_model.name_or_path or None
-        # A path that leads out of a folder means nothing to who loads the adapter from elsewhere, and is refused there.
-        config.base_model_name_or_path = os.path.abspath(name) if name and ".." in Path(name).parts else name
-        config.revision = config.revision or getattr(self.base_model.config, "_commit_hash", None)
-        json.dumps(config.to_dict())  # what can't be saved is found out now and not after training
-        return layers
+    _unpackable = False
+    _kept: dict[Any, tuple[Any, PromptState, list[Tensor]]] | None = None
+    _averaged: tuple[int, int] | None = None
 
     # Forward
 
@@ -471,6 +341,10 @@ class PriorPeftModel(PeftModelForCausalLM):
         """Whether prompt and text must run as one padded sequence; with `packs` where the way through is decided."""
         return not self._takes_cache or (training and self.base_model.is_activation_checkpointing)
 
+    @cached_property
+    def _takes_cache(self) -> bool:
+        return supports_prompt_cache(self.base_model)
+
     # Generation
 
     @torch.no_grad()
@@ -481,47 +355,21 @@ class PriorPeftModel(PeftModelForCausalLM):
         cache = kwargs.get("past_key_values")
         if self._adapters_disabled or (cache is not None and cache.get_seq_length() > 0):
             return base.generate(inputs, **kwargs)
-        input_ids, embeddings = kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None)
-        text = input_ids if embeddings is None else embeddings
-        if text is None:
-            raise ValueError("input_ids or inputs_embeds must be given, got neither")
-        mask = kwargs.pop("attention_mask", None)
-        config = kwargs.get("generation_config") or base.generation_config
-        if mask is None:
-            pad = config.pad_token_id
-            inferable = embeddings is None and pad is not None and pad not in _as_list(config.eos_token_id)
-            mask = text.ne(pad).long() if inferable else torch.ones(text.shape[:2], device=text.device).long()
-        prompt, rows = self.prompt(self.active_adapter), Text(input_ids, embeddings, mask, None)
-        rows.check_fits(base, prompt.length)
-        kwargs["attention_mask"] = extended_mask(mask, prompt.length)
-        if is_sharded(self):
-            kwargs.setdefault("synced_gpus", True)  # a process that is done goes on for those that are not
+        prompt, caches = self.prompt(self.active_adapter), []
         if self._concatenates(self.training):
             if self._averaged is not None:
                 raise ValueError(
                     f"draws can't be averaged in generation by {type(base).__name__}, whose prompt leaves no key/value "
                     "cache: call generate outside of averaged, for the posterior's mean"
                 )
-            kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
-            with deep_prompts(base, [(0, prompt)]):
-                generated = base.generate(**kwargs)
-            return generated if input_ids is None else _prepended(input_ids, generated)
-        if embeddings is not None:
-            # generate drops as many leading embeddings as the cache has positions
-            kwargs["inputs_embeds"] = prompted_embeddings(base, prompt, rows)
-        # Beams and samples are rows too; generate repeats its tensors for them but not a cache.
-        repeats = max(kwargs.get(name) or getattr(config, name, None) or 1 for name in _REPEATING)
-        # Trainer switches the cache off in the base model's configuration; here it holds the prompt.
-        kwargs["use_cache"] = True
-        if self._averaged is not None:
+        elif self._averaged is None:
+            caches = [self._state(self.active_adapter, prompt).cache]
+        else:
             drawn = [replace(prompt, theta=theta) for theta in self._draws(self.active_adapter)]
             caches = [self._state((self.active_adapter, number), one).cache for number, one in enumerate(drawn)]
-            kwargs["past_key_values"] = joined_caches(caches, len(text) * repeats)
-            with averaging_forward(base, len(caches)):
-                return base.generate(input_ids, **kwargs)
-        state = self._state(self.active_adapter, prompt)
-        kwargs["past_key_values"] = expand_cache(state.cache, len(text) * repeats)
-        return base.generate(input_ids, **kwargs)
+        if is_sharded(self):
+            kwargs.setdefault("synced_gpus", True)  # a process that is done goes on for those that are not
+        return generate_after(base, prompt, caches, inputs, kwargs)
 
     def get_prompt(self, batch_size: int, task_ids: None = None, max_cache_len: int | None = None) -> Any:
         """θ `[batch_size, P, d]` of a soft prompt, or the key/value cache of a deep one, as PEFT gives them."""
@@ -529,110 +377,6 @@ class PriorPeftModel(PeftModelForCausalLM):
         if self.active_peft_config.tuning == "soft":
             return prompt.theta.expand(batch_size, -1, -1)
         return expand_cache(self._state(self.active_adapter, prompt).cache, batch_size)
-
-    # Saving and loading
-
-    def save_pretrained(
-        self,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Save prompts as stock PEFT adapters with sidecars and, if there is none, a card; see `hub.adapter.save_adapters`."""
-        from .hub.adapter import save_adapters
-        from .hub.card import CARD, write_card
-
-        if not safe_serialization:
-            raise ValueError("safe_serialization must be True, got False: prompts are saved as safetensors only")
-        save_adapters(self, save_directory, selected_adapters, is_main_process)
-        if is_main_process and not Path(save_directory, CARD).exists():
-            try:
-                write_card(save_directory)
-            except (ValueError, OSError) as error:
-                logger.warning("The prompt was saved, but its card could not be made: %s", error)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload adapter with priors_peft",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        **card_options: Any,
-    ) -> Any:
-        """Push prompts, sidecars and card in one commit; see `priors_peft.hub.push.push_folder`."""
-        from .hub.push import push_folder
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                token=token,
-                message=commit_message,
-                again="Nothing is lost: call push_to_hub again, or save_pretrained and then `priors-peft push`",
-                **card_options,
-            )[0]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: PreTrainedModel,
-        model_id: str,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PriorConfig | None = None,
-        **kwargs: Any,
-    ) -> "PriorPeftModel":
-        """Load a prompt onto its base model.
-
-        Args:
-            model: The base model.
-            model_id: A local folder or a Hub id.
-            adapter_name: Name the prompt gets here.
-            is_trainable: Whether to go on training it.
-            config: A changed configuration, for a different `prior_weight` say; by default the saved one.
-            **kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, for the Hub.
-
-        Raises:
-            ValueError: The adapter is damaged, is not a soft or deep prompt, or does not fit the base model.
-        """
-        from .hub.adapter import read_adapter
-
-        hub_arguments, _ = cls._split_kwargs(kwargs)
-        saved = read_adapter(model_id, config=config, is_trainable=is_trainable, **hub_arguments)
-        saved.check_fits(model)
-        tuned = cls(model, saved.config, adapter_name, saved=saved)
-        return tuned if is_trainable else tuned.eval()
-
-    def load_adapter(
-        self,
-        model_id: str,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a prompt beside the others, or the state of one that is there already (as `Trainer` does to resume)."""
-        from .hub.adapter import read_adapter
-
-        hub_arguments, _ = self._split_kwargs(kwargs)
-        present = self.peft_config.get(adapter_name)
-        saved = read_adapter(model_id, config=present, is_trainable=is_trainable, **hub_arguments)
-        saved.check_fits(self.base_model)
-        if adapter_name not in self.peft_config:
-            self._saved = saved
-            self.add_adapter(adapter_name, saved.config)
-            self.set_requires_grad(adapter_name, is_trainable)
-        else:
-            saved.restore(self.prompt_encoder[adapter_name], self.peft_config[adapter_name])
-        return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
 def get_prior_model(
@@ -650,15 +394,3 @@ def get_prior_model(
         ValueError: The base model can't take a prompt, or the configuration does not fit it.
     """
     return PriorPeftModel(base_model, config, adapter_name, tokenizer=tokenizer)
-
-
-def _prepended(input_ids: Tensor, generated: Any) -> Any:
-    # From embeddings, generate returns the new tokens only; from ids, the ids come first.
-    if isinstance(generated, Tensor):
-        return torch.cat([input_ids.repeat_interleave(len(generated) // len(input_ids), 0), generated], dim=1)
-    generated.sequences = _prepended(input_ids, generated.sequences)
-    return generated
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
