@@ -20,7 +20,7 @@ from .architecture import supports_prompt_cache
 from .config import PriorConfig
 from .files import atomic_path, cache_dir
 from .names import check_choice
-from .priors import Moments, Prior, own_prior, prior_class
+from .priors import Moments, Prior, TaskPosteriors, own_prior, prior_class
 from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
 from .prompt import PriorPromptEncoder
 from .sharding import shape
@@ -188,14 +188,19 @@ def _trained(settings: dict[str, Any], layers: list[int], config: PriorConfig) -
         raise ValueError(
             f'reference="adapters" needs reference_kwargs={{"adapters": [folders or ids]}}, got {settings}'
         )
-    prompts = [read_adapter(adapter).prompt for adapter in adapters]
+    saved = [read_adapter(adapter) for adapter in adapters]
+    prompts = [one.prompt for one in saved]
     wanted = (len(layers), config.num_virtual_tokens, config.token_dim)
     for adapter, prompt in zip(adapters, prompts, strict=True):
         if tuple(prompt.shape) != wanted:
             raise ValueError(f"adapters must hold prompts of shape {wanted}, got {tuple(prompt.shape)} in {adapter}")
     stacked = torch.stack(prompts, dim=1)
     provenance = [Provenance.of("adapters", layer, part) for layer, part in zip(layers, stacked, strict=True)]
-    # Families of single vectors take all virtual tokens of all prompts; the empirical one takes prompts.
+    # Families of single vectors take all virtual tokens of all prompts; the empirical one takes prompts, or posteriors.
+    if config.prior == "empirical" and any(one.posterior for one in saved):
+        variances = torch.stack([one.encoder().variance() for one in saved], dim=1)
+        priors = zip(*(one.priors for one in saved), strict=True)
+        return list(map(TaskPosteriors, priors, stacked, variances)), provenance
     return stacked if config.prior == "empirical" else stacked.flatten(1, 2), provenance
 
 

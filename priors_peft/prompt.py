@@ -93,6 +93,13 @@ class PriorPromptEncoder(BasePromptEncoder):
         with self._full_precision():
             return torch.stack([self._to_prompt(z) for z in self.posterior.sample(self.coordinate, count, generator)])
 
+    @torch.no_grad()
+    def variance(self) -> Tensor:
+        """Posterior variance of each whitened coordinate, in the prior's variances, shape `[S, P, d]`; 0 for a point."""
+        if self.posterior is None:
+            return torch.zeros_like(self.coordinate)
+        return self.posterior.variance(self.coordinate)
+
     @property
     def has_density(self) -> bool:
         """Whether log p(θ) exists: not for a text prior of spread 0, which is a point."""

@@ -113,8 +113,8 @@ class SampledPosterior(nn.Module):
         self.register_buffer("draws", draws)
 
     def variance(self, mean: Tensor) -> Tensor:
-        """Mean square distance of each coordinate from `mean`, shape `[S, P, d]`."""
-        return (self.draws - mean).square().mean(0)
+        """Variance of each coordinate that the draws are a sample of, their mean being `mean`, shape `[S, P, d]`."""
+        return (self.draws - mean).square().sum(0) / max(1, len(self.draws) - 1)
 
     def sample(self, mean: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """`count` of the draws, shape `[count, S, P, d]`; each once before any comes again."""

@@ -16,12 +16,24 @@ from .mixture import MixturePrior
 from .moments import Moments
 from .rejection import RejectionPrior
 from .structured import StructuredPrior
+from .task_posteriors import TaskPosteriors
 from .text import TextPrior
 
 
 # What families are built from. The structures of a family are its subclasses, so they must all be imported above for
 # `from_state_dict` to find them.
-_NOT_FAMILIES = {"base", "block", "chi", "distribution", "low_rank", "mixture", "moments", "reference", "rejection"}
+_NOT_FAMILIES = {
+    "base",
+    "block",
+    "chi",
+    "distribution",
+    "low_rank",
+    "mixture",
+    "moments",
+    "reference",
+    "rejection",
+    "task_posteriors",
+}
 
 
 def prior_names() -> list[str]:
@@ -63,6 +75,7 @@ __all__ = [
     "Prior",
     "RejectionPrior",
     "StructuredPrior",
+    "TaskPosteriors",
     "TextPrior",
     "own_prior",
     "prior_class",

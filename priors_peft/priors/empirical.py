@@ -7,13 +7,15 @@ from torch import Tensor
 
 from .base import Prior
 from .low_rank import LowRankPrior, low_rank_root, principal_factors
+from .task_posteriors import TaskPosteriors
 
 
 class EmpiricalPrior(LowRankPrior):
     r"""p(θ_p) = N(θ_p; µ_p, Σ): the mean prompt, and a low-rank plus diagonal covariance shared by its tokens.
 
     See `LowRankPrior` for the form of Σ. This is the posterior predictive of the next prompt: Σ is widened by
-    1 + 1/K, because the mean of K prompts is itself an estimate.
+    1 + 1/K, because the mean of K prompts is itself an estimate. Of prompts that are known by posteriors it is the law of
+    the tasks behind them, see `TaskPosteriors`.
 
     Args:
         loc: Mean prompt µ, shape `[P, d]`.
@@ -25,7 +27,7 @@ class EmpiricalPrior(LowRankPrior):
     @classmethod
     def fit(  # type: ignore[override]
         cls,
-        reference: Tensor,
+        reference: Tensor | TaskPosteriors,
         *,
         structure: Literal["low_rank", "mixture"] = "low_rank",
         rank: int = 16,
@@ -34,7 +36,8 @@ class EmpiricalPrior(LowRankPrior):
         """Fit to trained prompts.
 
         Args:
-            reference: K prompts of P virtual tokens, shape `[K, P, d]`.
+            reference: K prompts of P virtual tokens, shape `[K, P, d]`, or their posteriors, of which a mixture takes the
+                means.
             structure: `"low_rank"`, or a `"mixture"` with one component a prompt, see `EmpiricalMixturePrior`.
             rank: Number of directions (low_rank); at most half of the (K − 1) P deviations.
             scale: Standard deviation around each prompt (mixture); by default from the distances between prompts.
@@ -42,6 +45,8 @@ class EmpiricalPrior(LowRankPrior):
         Raises:
             ValueError: A single prompt tells nothing of spread: it needs `structure="mixture"` and a `scale`.
         """
+        posteriors = reference if isinstance(reference, TaskPosteriors) else None
+        reference = reference.prompts if isinstance(reference, TaskPosteriors) else reference
         if not isinstance(reference, Tensor) or reference.ndim != 3 or 0 in reference.shape:
             got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
             raise ValueError(f"reference must be trained prompts of shape [K, P, d], got {got}")
@@ -59,6 +64,8 @@ class EmpiricalPrior(LowRankPrior):
             return EmpiricalMixturePrior(prompts.float(), torch.tensor(float(scale)))
         if structure != "low_rank":
             raise ValueError(f'structure must be "low_rank" or "mixture", got {structure!r}')
+        if posteriors is not None:
+            return cls(*(part.float() for part in posteriors.fit(rank)))
         mean = prompts.mean(0)
         factor, diagonal = principal_factors((prompts - mean).flatten(0, 1), rank, (count - 1) * tokens)
         widening = 1 + 1 / count
