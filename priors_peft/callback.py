@@ -65,7 +65,8 @@ class PriorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._snapshots = {name: Snapshots(encoder.initial_prompt) for name, encoder in _trained(model)}
+        kept = [(name, encoder) for name, encoder in _trained(model) if not encoder.is_particle]
+        self._snapshots = {name: Snapshots(encoder.initial_prompt) for name, encoder in kept}
         for name, snapshots in self._snapshots.items():
             path = snapshots_path(args, name)
             if state.global_step and path.is_file():
@@ -98,7 +99,8 @@ class PriorCallback(TrainerCallback):
     def _take(self, model: Any, step: int) -> None:
         # By every process: sharded training gathers the parameter in the encoder's forward.
         for name, encoder in _trained(model):
-            self._snapshots[name].take(step, encoder())
+            if name in self._snapshots:
+                self._snapshots[name].take(step, encoder())
 
     def _write(self, args: TrainingArguments) -> None:
         if not args.should_save:

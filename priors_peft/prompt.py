@@ -25,6 +25,7 @@ class PriorPromptEncoder(BasePromptEncoder):
     Attributes:
         coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32.
         initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
+        is_particle: Whether it stands, with others, for the posterior of another prompt, and goes when training ends.
         free_scale: Whether the scale of the priors is found with the posterior, by the evidence.
 
     Output shape: `[S, P, d]`
@@ -43,7 +44,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         self.register_buffer("initial_prompt", prompt.detach().float().clone())
         self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
         self.posterior = posterior
-        self.free_scale = False
+        self.free_scale = self.is_particle = False
 
     def forward(self, drawn: bool = False, weighted: bool = True) -> Any:
         """θ of every selected layer, shape `[S, P, d]`; in float32 also under autocast, as it is saved.

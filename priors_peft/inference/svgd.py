@@ -45,6 +45,7 @@ class Svgd(Inference):
             encoder = first
             if particle not in model.peft_config:  # where training was stopped they are there
                 encoder = copy.deepcopy(first)
+                encoder.is_particle = True
                 generator = torch.Generator().manual_seed(config.seed + number)
                 start = [prior.cpu().sample(config.num_virtual_tokens, generator) for prior in encoder.priors]
                 encoder.set_prompt(torch.stack(start))

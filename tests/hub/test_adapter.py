@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import CONFIGS, LAYERS, WIDTH, make_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
@@ -76,6 +77,17 @@ def test_stock_peft_gives_the_same_models_without_a_warning(tmp_path):
         assert torch.allclose(theirs["logits"][:, -7:], ours, atol=1e-4), case.name
         text = model.generate(**inputs(), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert torch.equal(theirs["text"], text), case.name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_prompt_is_handed_out_as_stock_peft_does(shape, tmp_path):
+    model = tuned(shape)
+    model.save_pretrained(tmp_path)
+    ours, theirs = (of.get_prompt(3) for of in (model, PeftModel.from_pretrained(make_model(), str(tmp_path))))
+    if not isinstance(theirs, torch.Tensor):
+        ours, theirs = ([(layer.keys, layer.values) for layer in cache.layers] for cache in (ours, theirs))
+        ours, theirs = (torch.stack([torch.stack(pair) for pair in cache]) for cache in (ours, theirs))
+    assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("coordinates", ["plain", "whitened"])

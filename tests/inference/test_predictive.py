@@ -14,6 +14,7 @@ from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
 from priors_peft.inference.posterior import SCALE_RATE, GaussianPosterior, SampledPosterior
 from priors_peft.inference.predictive import predict
 from priors_peft.inference.variational import divergence
+from priors_peft.snapshots import read_snapshots
 
 
 SETTINGS = {
@@ -308,8 +309,15 @@ def test_what_a_posterior_needs_is_said_before_training(tmp_path):
         spread_model().posterior_samples(0)
 
 
-def test_draws_of_a_sampled_posterior_have_the_coordinate_as_their_mean(tmp_path):
-    trainer = trained(tmp_path, "sghmc", max_steps=8)
+@pytest.mark.parametrize("inference", ["sghmc", "svgd"])
+def test_draws_of_a_sampled_posterior_have_the_prompt_as_their_mean_and_nothing_else_is_left(tmp_path, inference):
+    trainer = trained(tmp_path, inference, max_steps=8)
+    _, course = read_snapshots(tmp_path / "snapshots.safetensors")
+    assert torch.equal(course[-1], trainer.model.prompt("default").theta)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     encoder = trainer.model.prompt_encoder["default"]
-    assert isinstance(encoder.posterior, SampledPosterior) and len(encoder.posterior.draws) == 4
+    assert (
+        isinstance(encoder.posterior, SampledPosterior)
+        and len(encoder.posterior.draws) == {"sghmc": 4, "svgd": 3}[inference]
+    )
     assert torch.allclose(encoder.posterior.draws.mean(0), encoder.coordinate)
