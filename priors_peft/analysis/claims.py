@@ -166,6 +166,38 @@ def drift(adapter: Part, layer: int = 0) -> str | None:
     )
 
 
+def posterior(adapter: Part) -> str | None:
+    """How wide the posterior is beside the prior, and what its draws agree on; None of a point."""
+    found = adapter.get("posterior")
+    if not found:
+        return None
+    start = found["initial_deviation"]
+    begun = f" ({number(start, 2)} when training began)" if start else ""
+    kl = f"; KL(q ‖ p) {number(found['kl'])} nats" if found["kl"] is not None else ""
+    return (
+        f"posterior {number(found['deviation'], 2)} times as wide as the prior{begun}, {percent(1 - found['determined'])} of "
+        f"its variance; draws keep the mean's nearest tokens {percent(_agreed([found]))} of the time{kl}"
+    )
+
+
+def _agreed(found: Sequence[Part]) -> float:
+    shares = [share for each in found for share in each["agreement"]]
+    return sum(shares) / len(shares)
+
+
+def posterior_title(adapters: Sequence[Part]) -> str | None:
+    """Of the picture of posteriors."""
+    measured = [adapter for adapter in adapters if adapter.get("posterior")]
+    if len(measured) < 2:
+        return _named(measured[0], posterior(measured[0])) if measured else None
+    found = [adapter["posterior"] for adapter in measured]
+    low, high = (number(pick(each["deviation"] for each in found), 2) for pick in (min, max))
+    return (
+        f"Posteriors of {len(found)} prompts are {low if low == high else f'{low} to {high}'} times as wide as their priors; "
+        f"draws keep their means' nearest tokens {percent(_agreed(found))} of the time"
+    )
+
+
 def faithfulness(adapter: Part) -> str | None:
     """What is lost when the prompt is read as its nearest tokens."""
     measured = adapter.get("faithfulness")

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -17,6 +18,7 @@ from .common import check_at_least, check_installed, plain
 from .geometry import geometry_series, token_geometry
 from .languages import language_signal, word_reader
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
+from .posterior import initial_deviation, kl_divergence, nearest_agreement, posterior_draws, posterior_spread
 from .projected import project
 from .runs import stability, word_odds
 from .sources import Source, base_model_of, read_sources
@@ -102,7 +104,8 @@ def analyze(
             bar.set_postfix_str(source.name)
             member = _member(source, nulls, spaces, model, tokenizer, k, metric, num_draws, seed)
             tokens = _tokens(member, spaces[0], tokenizer, word_of, level)
-            entries.append(_entry(member, tokens, _geometry(member, spaces, seed)))
+            entry = _entry(member, tokens, _geometry(member, spaces, seed))
+            entries.append(entry | {"posterior": _posterior(member, spaces[0], seed)})
             members.append(member)
             bar.update()
         bar.set_postfix_str("projections")
@@ -174,7 +177,8 @@ def _member(
             nulls[key] = random_prompts(prior, count, layer, spaces[layer], metric, num_draws, seed)
         own.append(nulls[key])
     near = nearest_tokens(source.prompt[0], spaces[0].vectors, k, metric, spaces[0].excluded)
-    return Member(source, priors, own, near, read_task(source.path) or {})
+    drawn = posterior_draws(source.saved.encoder(), seed)
+    return Member(source, priors, own, near, read_task(source.path) or {}, drawn)
 
 
 def _entry(member: Member, tokens: dict[str, Any], geometry: dict[str, Any]) -> dict[str, Any]:
@@ -278,9 +282,30 @@ def _geometry(member: Member, spaces: dict[int, Space], seed: int) -> dict[str, 
             null.cosines,
             seed=seed,
             excluded=space.excluded,
+            posterior=None if member.drawn is None else member.drawn[:, index],
         ).to_dict() | {"steps": source.steps}
         if source.initial is None:
             token["drift"] = None
             del series["measures"]["drift"]
         layers.append({"layer": layer, "token": token, "series": series})
     return {"layers": layers}
+
+
+def _posterior(member: Member, space: Space, seed: int) -> dict[str, Any] | None:
+    source, config = member.source, member.source.saved.config
+    if member.drawn is None:
+        return None
+    encoder = source.saved.encoder()
+    spreads = [posterior_spread(variance) for variance in encoder.variance()]
+    near = member.near
+    return {
+        "inference": config.inference,
+        "prior_weight": config.prior_weight,
+        "num_draws": len(member.drawn),
+        "deviation": torch.stack([spread.deviation for spread in spreads]).mean(),
+        "initial_deviation": initial_deviation(config.inference, config.inference_kwargs),
+        "determined": torch.stack([spread.determined for spread in spreads]).mean(),
+        "kl": kl_divergence(encoder, seed),
+        "layers": [{"layer": layer} | spread.to_dict() for layer, spread in zip(source.layers, spreads, strict=True)],
+        "agreement": nearest_agreement(near.ids[:, 0], member.drawn[:, 0], space.vectors, near.metric, space.excluded),
+    }

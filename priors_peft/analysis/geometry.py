@@ -178,6 +178,7 @@ class Measure(Result):
         band: 5th and 95th percentile over the prior's draws, shape `[2]`.
         median: Over the prior's draws.
         percentile: Percent of the draws with a lower value, shape `[T]`.
+        posterior: 5th and 95th percentile over draws from the posterior, shape `[2]`; None of a point.
     """
 
     unit: str
@@ -185,6 +186,7 @@ class Measure(Result):
     band: Tensor
     median: float
     percentile: Tensor
+    posterior: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +221,7 @@ def geometry_series(
     num_rows: int = 1000,
     seed: int = 0,
     excluded: Ids | None = None,
+    posterior: Tensor | None = None,
 ) -> GeometrySeries:
     """Every measure of a trajectory, with the prior's own expectation as a band.
 
@@ -234,6 +237,7 @@ def geometry_series(
         num_rows: Vocabulary rows drawn for the discrepancy.
         seed: Of that draw.
         excluded: Ids of vocabulary rows that don't count.
+        posterior: Prompts drawn from the posterior whose mean the last snapshot is, shape `[n, P, d]`.
 
     Raises:
         ValueError: Shapes don't belong together, or a tensor is empty or not finite.
@@ -270,17 +274,19 @@ def geometry_series(
     }
     if snapshots.shape[1] == 1:
         del functions["mean_pairwise_cosine"], functions["squared_mmd"]
-    pairs = {name: (unit, measure(snapshots), measure(draws)) for name, (unit, measure) in functions.items()}
-    cosines = best_scores(snapshots, vocabulary, excluded=excluded)
-    pairs["nearest_cosine"] = ("cosine", cosines.mean(-1), draw_cosines.mean(-1))
-    measures = {
-        name: Measure(
+    functions["nearest_cosine"] = ("cosine", lambda x: best_scores(x, vocabulary, excluded=excluded).mean(-1))
+
+    def measured(name: str, unit: str, measure: Callable[[Tensor], Tensor]) -> Measure:
+        null = draw_cosines.mean(-1) if name == "nearest_cosine" else measure(draws)
+        values, null = measure(snapshots).double().cpu(), null.double().cpu()
+        return Measure(
             unit=unit,
-            values=values.double().cpu(),
-            band=band(null.cpu()),
-            median=float(null.double().median()),
-            percentile=percentile_among(values.double().cpu(), null.double().cpu()),
+            values=values,
+            band=band(null),
+            median=float(null.median()),
+            percentile=percentile_among(values, null),
+            posterior=None if posterior is None else band(measure(posterior).cpu()),
         )
-        for name, (unit, values, null) in pairs.items()
-    }
+
+    measures = {name: measured(name, *function) for name, function in functions.items()}
     return GeometrySeries(times, measures, len(draws), bandwidth, seed)

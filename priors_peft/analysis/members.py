@@ -59,6 +59,7 @@ class Member:
         nulls: One for each layer.
         near: Nearest tokens of the embedding layer's prompt.
         trained_on: What it says of its own task, see `hub.adapter.read_task`; empty where it doesn't.
+        drawn: Prompts drawn from its posterior, shape `[n, S, P, d]`; None of a point.
     """
 
     source: Source
@@ -66,6 +67,7 @@ class Member:
     nulls: list[Null]
     near: NearestTokens
     trained_on: dict[str, Any]
+    drawn: Tensor | None = None
 
     @property
     def task(self) -> str | None:

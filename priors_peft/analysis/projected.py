@@ -66,9 +66,16 @@ def project(
             chosen = torch.linspace(0, len(source.steps) - 1, most).round().long().unique().tolist()
             steps = [source.steps[index] for index in chosen for _ in range(count)]
             add(source.name, "trajectory", source.trajectory[chosen, 0].flatten(0, 1), labels * len(chosen), steps)
+        if member.drawn is not None:
+            own = member.drawn[: max(1, PRIOR_DRAWS // len(members)), 0]
+            add(source.name, "posterior", own.flatten(0, 1), labels * len(own))
         add(source.name, "prompt", source.prompt[0], labels)
+    return _planes(shown, seed, with_umap)
+
+
+def _planes(shown: list[tuple[dict[str, Any], Tensor]], seed: int, with_umap: bool) -> dict[str, Any]:
     groups = {str(index): points for index, (_, points) in enumerate(shown)}
-    total, width = sum(map(len, groups.values())), vectors.shape[1]
+    total, width = sum(map(len, groups.values())), groups["0"].shape[1]
     facts = [fact for fact, _ in shown]
     planes: dict[str, Any] = {"layer": 0, "pca": None, "tsne": None, "umap": None}
     if min(total - 1, width) >= 2:

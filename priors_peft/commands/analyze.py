@@ -208,7 +208,8 @@ def summary(analysis: dict[str, Any]) -> str:
             f"{adapter['name']}: {adapter['tuning']}, {shape}, prior {adapter['prior']} on {analysis['base_model']}",
         ]
         said = [claims.signal(adapter, analysis["level"]), claims.stayed(adapter), claims.language_found(adapter)]
-        said += [claims.collapse(adapter), claims.drift(adapter), claims.faithfulness(adapter)]
+        said += [claims.collapse(adapter), claims.drift(adapter), claims.posterior(adapter)]
+        said.append(claims.faithfulness(adapter))
         if adapter["description"] is not None:
             said.append(
                 f"in the model's words: {adapter['description']!r} (a random prompt: {adapter['description_of_draw']!r})"

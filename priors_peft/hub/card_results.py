@@ -24,6 +24,7 @@ _MOST_TOKENS = 32
 _PICTURES = {
     "tokens": "The nearest token of each virtual token, beside random prompts and the start",
     "geometry": "The prompt's shape and place over training, with the prior's band",
+    "posterior": "How wide the posterior of each virtual token is beside the prior, and whether draws keep its nearest token",
     "projection": "The prompt, its way through training and the vocabulary in a plane",
     "activations": "Hidden states of tasks in a plane",
     "faithfulness": "What reading the prompt as text loses, and what each virtual token is worth",
@@ -141,6 +142,7 @@ def analysis(facts: "Facts") -> str | None:
         claims.signal(adapter, level),
         claims.collapse(adapter),
         claims.drift(adapter),
+        claims.posterior(adapter),
         claims.faithfulness(adapter),
     ]
     parts = ["\n".join(f"- {escape(claims.capital(line))}" for line in said if line)]

@@ -9,17 +9,17 @@ from typing import Any
 from ...files import atomic_path
 from .. import claims
 from ..common import check_installed
-from . import activations, faithfulness, geometry, projection, stability, tokens, transfer
+from . import activations, faithfulness, geometry, posterior, projection, stability, tokens, transfer
 from .style import STYLE
 
 
-PICTURES = (tokens, geometry, projection, activations, faithfulness, stability, transfer)
+PICTURES = (tokens, geometry, posterior, projection, activations, faithfulness, stability, transfer)
 _DPI = 150
 
 
 def save_pictures(analysis: claims.Part, folder: str | os.PathLike) -> list[Path]:
-    """Draw what an analysis holds: `tokens.png`, `geometry.png`, `projection.png`, `activations.png`,
-    `faithfulness.png`, `stability.png` and `transfer.png`, each only where its data is there.
+    """Draw what an analysis holds: `tokens.png`, `geometry.png`, `posterior.png`, `projection.png`,
+    `activations.png`, `faithfulness.png`, `stability.png` and `transfer.png`, each only where its data is there.
 
     Args:
         analysis: As in `analysis.json`, format version 1.

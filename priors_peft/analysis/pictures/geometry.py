@@ -13,6 +13,8 @@ from .style import COLOURS, GREY, add_legend, array, colours, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SPREAD: dict[str, Any] = {"linewidth": 2.5, "marker": "_", "markersize": 7, "markeredgewidth": 1.5, "alpha": 0.7}
+
 # Measures in the order they are drawn, with what their axes say.
 MEASURES = {
     "effective_rank": "effective rank (directions)",
@@ -46,6 +48,9 @@ def draw(analysis: claims.Part) -> "Figure | None":
             if name in one["measures"]:
                 values = array(one["measures"][name]["values"])
                 axis.plot(known_steps(one), values, color=palette[key][0], linewidth=1.3, marker=_marker(one))
+                spread = one["measures"][name].get("posterior")
+                if spread:
+                    axis.plot(known_steps(one)[-1:] * 2, spread, color=palette[key][0], clip_on=False, **_SPREAD)
         axis.set_title(MEASURES[name], loc="left")
         axis.set_xlabel("training step" if over_time else "end of training")
         if not over_time:
@@ -53,6 +58,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
     for axis in axes[len(names) :]:
         axis.axis("off")
     entries: dict[str, dict[str, Any]] = {key: {"color": colour, "linestyle": "-"} for colour, key in palette.values()}
+    if any(measure.get("posterior") for one in series.values() for measure in one["measures"].values()):
+        entries["its posterior, 5 to 95 %"] = {"color": GREY, "linestyle": "-"} | _SPREAD
     entries["random prompts, 5 to 95 %"] = {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7}
     add_legend(axes[len(names)], entries, loc="upper left", fontsize=8 if len(entries) < 9 else 6)
     return figure

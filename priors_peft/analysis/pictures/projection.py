@@ -52,13 +52,14 @@ def plane_title(name: str, found: claims.Part) -> str:
 
 
 # What is drawn first lies underneath.
-KINDS = ("vocabulary", "draws", "activations", "trajectory", "initial", "prompt")
+KINDS = ("vocabulary", "draws", "activations", "trajectory", "initial", "posterior", "prompt")
 KIND_LABELS = {
     "vocabulary": "vocabulary",
     "draws": "random prompts of the prior",
     "trajectory": "way through training",
     "initial": "start",
     "activations": "tokens in the tasks' rows",
+    "posterior": "draws from the posterior",
     "prompt": "prompt",
 }
 
@@ -68,7 +69,11 @@ def _project(axis: "Axes", group: claims.Part, palette: Mapping[str, tuple[str, 
     points, kind = array(group["points"]).reshape(-1, 2), group["kind"]
     colour, label = palette.get(group["name"], (GREY, group["name"]))
     style: dict[str, Any]
-    if kind in ("trajectory", "prompt", "initial"):
+    if kind in ("trajectory", "prompt", "initial", "posterior"):
+        if kind == "posterior":
+            style = {"marker": "o", "color": colour, "markersize": 3, "alpha": 0.35, "markeredgewidth": 0}
+            axis.plot(points[:, 0], points[:, 1], linestyle="none", **style)
+            return {KIND_LABELS[kind]: style | {"color": GREY, "markersize": 4}}
         if kind == "trajectory":
             for way in ways(group):
                 axis.plot(points[way, 0], points[way, 1], color=colour, linewidth=0.6, alpha=0.6)

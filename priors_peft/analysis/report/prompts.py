@@ -193,7 +193,7 @@ def projection(adapters: Sequence[claims.Part], projection: claims.Part) -> Figu
         trace = {
             "type": "scatter",
             "mode": "lines+markers" if kind == "trajectory" else "markers",
-            "name": short(own if kind in ("prompt", "initial", "trajectory") else KIND_LABELS[kind]),
+            "name": short(own if kind in ("prompt", "initial", "trajectory", "posterior") else KIND_LABELS[kind]),
             "meta": kind,
             "legendgroup": plain(f"{kind}-{own}"),
             "showlegend": kind == "prompt",
@@ -230,9 +230,10 @@ _MARKERS: dict[str, Figure] = {
     "activations": {"size": 5, "symbol": "triangle-up"},
     "trajectory": {"size": 3},
     "initial": {"size": 6, "symbol": "diamond-open"},
+    "posterior": {"size": 4, "opacity": 0.4},
     "prompt": {"size": 9, "line": {"width": 1, "color": "white"}},
 }
 # The same in text, beside the boxes that show and hide them.
 KIND_SYMBOLS = {
-    "vocabulary": "•", "draws": "×", "activations": "▲", "trajectory": "—", "initial": "◇", "prompt": "●",
+    "vocabulary": "•", "draws": "×", "activations": "▲", "trajectory": "—", "initial": "◇", "posterior": "∘", "prompt": "●",
 }  # fmt: skip
