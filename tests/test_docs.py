@@ -2,13 +2,17 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SUPERGLUE_KWARGS, addition_rows, make_model, make_tokenizer, save_base, write_superglue
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from conftest import SUPERGLUE_KWARGS, make_model, make_tokenizer, save_base, write_superglue
 
 import priors_peft
 from priors_peft.cli import COMMANDS, main
@@ -44,6 +48,11 @@ def lines(page: str) -> list[list[str]]:
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
+def has_launcher(words: list[str]) -> bool:
+    """Whether a line starts several processes, which tests/distributed does, or needs GPUs or Slurm."""
+    return words[0] in ("export", "srun") or "--config_file" in words
+
+
 COMMAND_LINES = [(page, words) for page in PAGES for words in lines(page)]
 
 
@@ -52,6 +61,26 @@ def test_every_page_with_python_has_a_test_that_runs_it():
     assert pages == RUN_HERE | RUN_ELSEWHERE.keys()
     for page, test in RUN_ELSEWHERE.items():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_shell_blocks_are_shell(page):
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def started(words: list[str]) -> list[str]:
+    """What a line's launchers start, the launchers' own flags and files read by themselves."""
+    if words[0] == "srun":
+        slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "HEAD": "10.0.0.1"}
+        line = ["bash", "-c", words[-1].replace("accelerate", "printf '%s\\n' accelerate", 1)]
+        words = subprocess.run(line, env=os.environ | slurm, capture_output=True, text=True, check=True).stdout.split()
+    if words[:2] == ["accelerate", "launch"]:
+        given = launch_command_parser().parse_args(words[2:])
+        if given.config_file:
+            load_config_from_file(given.config_file)
+        words = ["python", given.training_script, *given.training_script_args]
+    return ["priors-peft", "train", *words[2:]] if words[1] == "recipes/train.py" else words
 
 
 class Parsed(Exception):
@@ -66,13 +95,12 @@ def test_commands_name_flags_files_and_targets_that_are_there(page, words, monke
     for word in words:
         if re.fullmatch(r"(accelerate_configs|recipes|benchmarks|tests|docs)/\S+\.\w+", word):
             assert Path(word).is_file(), word
-    if words[:2] == ["accelerate", "launch"] and "recipes/train.py" in words:
-        words = ["priors-peft", "train", *words[words.index("recipes/train.py") + 1 :]]
+    words = started(words)
     if "recipes/sweep.py" in words:
         monkeypatch.syspath_prepend(str(ROOT / "recipes"))
         path, *flags = words[words.index("recipes/sweep.py") + 1 :]
-        for run in importlib.import_module("sweep").read_sweep(path, [*flags, "--use_cpu"]):
-            run.parsed()
+        first, *_, last = importlib.import_module("sweep").read_sweep(path, [*flags, "--use_cpu"])
+        assert first.parsed() and last.parsed()  # test_sweep parses all runs of a file
     if words[0] == "priors-peft":
         assert words[1] in COMMANDS
         module = importlib.import_module(f"priors_peft.commands.{words[1]}")
@@ -87,29 +115,9 @@ def test_commands_name_flags_files_and_targets_that_are_there(page, words, monke
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_run_one_after_the_other(tmp_path, hub, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    hub.create(name)
-    hub.commit(
-        name, "main", "a model", {path.name: path.read_bytes() for path in Path(save_base(Path("base"))).iterdir()}
-    )
-    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in addition_rows(40)))
-    given = {"train": [*SHORT, "--num_eval", "8"], "evaluate": ["--num_eval", "8"], "analyze": ["--num_draws", "19"]}
-    ran = []
-    for words in lines("README.md"):
-        if words[:2] in (["priors-peft", command] for command in ("train", "evaluate", "analyze", "push")):
-            assert main([*words[1:], *given.get(words[1], [])]) == 0, words
-            ran.append(words[1])
-    assert ran == ["train", "evaluate", "analyze", "push"]
-    card = Path("outputs/mine/README.md").read_text(encoding="utf-8")
-    assert f"base_model: {name}" in card and "no prompt" in card
-
-
-@pytest.mark.slow
 def test_the_tasks_pages_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base, data = save_base(Path("base")), write_superglue(Path("SuperGLUE"))
+    base, data = save_base(Path("base")), write_superglue(Path("DATA/superglue"))
     kwargs = ["--data_dir", data, "--task_kwargs", json.dumps(SUPERGLUE_KWARGS["superglue:rte"])]
     train, evaluate = (words[1:] for words in lines("docs/tasks.md"))
     train[train.index("bundled:smollm2-135m")] = base

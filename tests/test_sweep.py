@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import addition_rows, save_base
 
-from priors_peft.cli import main
-
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -203,65 +201,3 @@ def test_a_killed_sweep_goes_on_within_its_run_and_ends_as_one_that_was_not(smal
     (found,) = results(tmp_path).values()
     assert found["results"]["loss"] == expected["results"]["loss"]
     assert found["initial_results"]["loss"] == expected["initial_results"]["loss"]
-
-
-def write_squad(folder: Path, count: int = 60) -> str:
-    """SQuAD's flat form in the tokenizer's words."""
-    folder.mkdir()
-    rows = [
-        {"context": f"{n} plus {n} is {2 * n}", "question": f"what is {n} ?", "answer": str(2 * n)}
-        for n in range(count)
-    ]
-    (folder / "train.json").write_text(json.dumps(rows))
-    return str(folder)
-
-
-@pytest.mark.slow
-def test_the_papers_launch_lines_run_at_a_tiny_size(tmp_path, monkeypatch, sweep):
-    from test_docs import lines
-
-    (tmp_path / "recipes").symlink_to(RECIPES)
-    monkeypatch.chdir(tmp_path)
-    squad, base = write_squad(tmp_path / "SQuAD"), save_base(tmp_path / "base")
-    tiny = ["--model", base, "--use_cpu", "--max_steps", "2", "--num_virtual_tokens", "4", "--num_train", "16"]
-    tiny += ["--num_eval", "12", "--disable_tqdm", "true", "--dtype", "float32"]
-    few = {
-        "grid": ["--tuning", "four", "--prior", "interpolation", "text"],
-        "llama-3.2-1b": ["--tuning", "soft", "--prior", "text"],
-    }
-    tasks = {"math": {"module": "arithmetic"}, "squad": {"data_dir": squad}}
-    reference = ["--interpolation.reference_kwargs", json.dumps({"num_tokens": 64, "tasks": tasks})]
-    ran = []
-    for words in lines("recipes/paper/README.md"):
-        if "recipes/sweep.py" in words:
-            given = words[words.index("recipes/sweep.py") + 1 :]
-            name = Path(given[0]).stem
-            more = few.get(name, []) + (reference if name == "grid" else []) + (["--seed", "0"] if name in few else [])
-            sweep.main([*given, *tiny, "--squad.data_dir", squad, *more])
-        elif "compare" in words:
-            runs = [str(path) for path in sorted(tmp_path.glob(words[2]))]
-            given = (
-                words[3:]
-                if "--tasks" in words
-                else [*words[3:], "--tasks", json.dumps({"squad": {"data_dir": squad}})]
-            )
-            assert main(["compare", *runs, *given, "--num_permutations", "9"]) == 0
-        else:
-            name = "train"
-            given = words[words.index("recipes/paper/run.yaml") :]
-            data = ["--data_dir", squad] if "squad" in given else []
-            assert main(["train", *given, *tiny, *data, "--prediction_loss_only"]) == 0
-        ran.append("compare" if "compare" in words else name)
-    assert ran == ["train", "train", "small", "compare", "small", "compare", "grid", "llama-3.2-1b"]
-    found = json.loads((tmp_path / "outputs" / "paper" / "compare" / "compare.json").read_text())
-    assert len(found["table"]) == 16
-    assert {(row["tuning"], row["prior"]) for row in found["table"]} == {
-        (tuning, prior)
-        for tuning in ("soft", "deep")
-        for prior in ("gaussian", "gaussian loc=0 scale=0.02", "structured", "exclusion")
-    }
-    lines_of = {
-        record["run"]: record
-        for record in map(json.loads, Path("outputs/paper/results.jsonl").read_text().splitlines())
-    }
-    assert len(lines_of) == 16 + 4 and "0-math-four-interpolation" in lines_of

@@ -25,7 +25,8 @@ _Styles = Mapping[str, Mapping[str, Any]]
 
 def draw(analysis: claims.Part) -> "Figure | None":
     adapters = [adapter for adapter in analysis["adapters"] if adapter.get("tokens")]
-    title = claims.tokens_title(adapters, analysis["level"])
+    # The level is there only if tokens are.
+    title = claims.tokens_title(adapters, analysis["level"]) if adapters else None
     if title is None:
         return None
     styles: dict[str, dict[str, Any]] = {
