@@ -1,6 +1,7 @@
 """The `priors-peft` command: says what there is, and hands over to `priors_peft.commands`."""
 
 import importlib
+import os
 import sys
 
 from . import __version__
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"command must be {unknown(command, COMMANDS)}", file=sys.stderr)
         return 2
+    if command != "train" and int(os.environ.get("RANK", 0)):
+        return 0  # under a launcher of several processes the first does all
     try:
         importlib.import_module(f"{__package__}.commands.{command}").main(rest)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:

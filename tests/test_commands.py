@@ -339,6 +339,13 @@ def test_help_needs_nothing_heavy():
     assert again.stdout == done.stdout.removesuffix("False\n")
 
 
+def test_of_several_processes_the_first_does_what_is_not_training(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["evaluate", "nowhere"]) == 0 and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["evaluate", "nowhere"]) == 1
+
+
 @pytest.mark.slow
 def test_accelerate_launches_the_recipe_script_and_the_commands(base, rows, tmp_path):
     script = Path(__file__).parents[1] / "recipes" / "train.py"

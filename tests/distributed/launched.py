@@ -113,7 +113,8 @@ def draws_of_all(trainer: Trainer) -> dict:
 
 def main(folder: Path, arguments: list[str]) -> None:
     for name, settings in json.loads(os.environ.get("POSTERIORS", "{}")).items():
-        flags = [*arguments, "--inference", name, "--inference_kwargs", json.dumps(settings), "--push_to_hub", "false"]
+        flags = [*arguments, "--inference", name, "--inference_kwargs", json.dumps(settings)]
+        flags += ["--push_to_hub", "false", "--report_to", "none"]
         run(first_of_two(folder / name, [*flags, "--prior_weight", "0.1"], draws_of_all))
     # The last run ends as users' do.
     train.main(first_of_two(folder, arguments, checks))

@@ -84,6 +84,8 @@ def launch(config: str, folder: Path, arguments: list[str], **environment: str) 
 def test_two_processes_give_what_one_gives_and_save_and_push_once(config, tolerance, expected, recipe, one, tmp_path):
     HUB.reset()
     arguments = [*recipe, "--per_device_train_batch_size", "2", "--push_to_hub", "true"]
+    tracked = config == "ddp" and importlib.util.find_spec("tensorboard") is not None
+    arguments += ["--report_to", "tensorboard"] if tracked else []
     hub = HUB.environment(HF_HOME=str(tmp_path / "hf"))
     done = launch(config, tmp_path, arguments, POSTERIORS=json.dumps(POSTERIORS if config == "ddp" else {}), **hub)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -117,6 +119,18 @@ def test_two_processes_give_what_one_gives_and_save_and_push_once(config, tolera
         assert [row[name] for row in logged if name in row] == pytest.approx(
             [row[name] for row in alone if name in row], rel=1e-3
         )
+
+    if tracked:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (folder,) = (tmp_path / "first" / "runs").iterdir()
+        # One process's number, as training and the evaluation after it have a file each.
+        assert len({path.name.split(".")[-2] for path in folder.iterdir()}) == 1
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        figures = {event.step: event.value for event in events.Scalars("train/prior/nll")}
+        assert figures == {row["step"]: pytest.approx(row["prior/nll"]) for row in logged if "prior/nll" in row}
+        assert len(events.Scalars("eval/loss")) == 1 and "prior/tokens" in events.Tags()["images"]
 
     # Two runs, each pushed by one process.
     assert HUB.commits("user/tuned") == ["End of training"] * 2
