@@ -16,6 +16,7 @@ from .words import show_token
 VOCABULARY_POINTS = 500
 DATA_POINTS = 200
 PRIOR_DRAWS = 5
+POSTERIOR_DRAWS = 12
 TRAJECTORY_POINTS = 1000
 MOST_SNAPSHOTS = 9
 # Coordinates are for pictures.
@@ -67,7 +68,7 @@ def project(
             steps = [source.steps[index] for index in chosen for _ in range(count)]
             add(source.name, "trajectory", source.trajectory[chosen, 0].flatten(0, 1), labels * len(chosen), steps)
         if member.drawn is not None:
-            own = member.drawn[: max(1, PRIOR_DRAWS // len(members)), 0]
+            own = member.drawn[: min(PRIOR_DRAWS, max(1, POSTERIOR_DRAWS // len(members))), 0]
             add(source.name, "posterior", own.flatten(0, 1), labels * len(own))
         add(source.name, "prompt", source.prompt[0], labels)
     return _planes(shown, seed, with_umap)
