@@ -193,7 +193,8 @@ def printed(with_data: bool) -> list[list[str]]:
     return [words for number, words in enumerate(chosen) if words not in chosen[:number]]
 
 
-def test_lines_that_are_not_run_here_are_run_by_another_test():
+def test_every_line_is_run_here_or_by_another_test():
+    assert all(short(words) for with_data in (True, False) for words in printed(with_data))
     for page, test in RUN_ELSEWHERE.items():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8") and lines(page)
 

@@ -108,7 +108,7 @@ def load_hub(name: str, config: str | None = None, instead: str = "pass a folder
     except (DatasetBuildError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"dataset {name!r} was found, but can't be built from its files ({reason}). Mend the files, or {instead}"
+            f"dataset {name!r} can't be built ({reason}). Check its name, mend its files, or {instead}"
         ) from error
     except OSError as error:
         raise OSError(

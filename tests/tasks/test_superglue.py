@@ -110,7 +110,9 @@ def test_the_real_client_loads_the_hubs_parquet_files(archive, hub, tmp_path, mo
     for name, content in (("damaged", b"no parquet"), ("mixed", (tmp_path / "part.parquet").read_bytes())):
         hub.create(f"datasets/user/{name}")
         hub.commit(f"datasets/user/{name}", "main", "data", files | {splits["validation"]: content})
-        with pytest.raises(ValueError, match=f"dataset 'user/{name}' was found, but can't be built .* data_dir"):
+        with pytest.raises(
+            ValueError, match=f"dataset 'user/{name}' can't be built .* pass a folder with .* as data_dir"
+        ):
             load_task("rte", dataset=f"user/{name}")
 
 
