@@ -52,6 +52,7 @@ class LikelihoodTrainer(HubTrainer):
         order = _by_length(dataloader.dataset)
         self.compute_metrics = partial(_figures, users_metrics=users_metrics, order=order)
         figures: dict[str, float] = {}
+        self.calibrations = {}  # particles of before are gone
         try:
             with self.model.cached_prompt():
                 for name in self.adapter_names:

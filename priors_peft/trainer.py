@@ -158,11 +158,6 @@ class PriorTrainer(LikelihoodTrainer):
         Raises:
             FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
         """
-        config = self.model.peft_config[self.adapter_names[0]]
-        if config.prior_weight == "auto":
-            config.prior_weight = choose_weight(self)
-        self._nll, self._logged_step = 0.0, None
-        self._begin()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -170,6 +165,11 @@ class PriorTrainer(LikelihoodTrainer):
                     f"resume_from_checkpoint must be False for the first run, got True, but {self.args.output_dir!r} "
                     "holds no whole checkpoint"
                 )
+        config = self.model.peft_config[self.adapter_names[0]]
+        if config.prior_weight == "auto":
+            config.prior_weight = choose_weight(self)
+        self._nll, self._logged_step = 0.0, None
+        self._begin()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _begin(self) -> None:

@@ -138,9 +138,10 @@ def collect_facts(
     best = state.best_global_step if args.load_best_model_at_end and not trainer.is_in_train else None
     step = state.global_step if best is None else best
     evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
-    now = evaluation or next((entry for entry in evaluations if entry.get("step") == step), {})
-    start = before or next((entry for entry in evaluations if entry.get("step") == 0), {})
     is_point = all(trainer.model.prompt_encoder[name].posterior is None for name in names)
+    logged = [] if trainer.inference.late and not is_point else evaluations
+    now = evaluation or next((entry for entry in logged if entry.get("step") == step), {})
+    start = before or next((entry for entry in evaluations if entry.get("step") == 0), {})
     runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     return TrainingFacts(
         base_model=public_name(config.base_model_name_or_path),

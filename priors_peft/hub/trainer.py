@@ -69,7 +69,7 @@ class HubTrainer(Trainer):
         """As `Trainer`'s; figures of the trainer's own evaluation rows go onto the card, if the prompt was saved."""
         figures = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and not self.is_in_train:
-            self._evaluated = self.state.global_step, figures, dict(self.calibrations), self._at_means()
+            self._evaluated = self.state.global_step, figures, self.calibrations, self._at_means()
             if self._saved and self.is_world_process_zero():
                 self._try_card(Path(self.args.output_dir))
         return figures

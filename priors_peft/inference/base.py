@@ -28,6 +28,8 @@ class Inference:
     samples = False
     # Whether only one prompt can be trained at a time.
     alone = False
+    # Whether there is no posterior before `finish`: what was evaluated until then is not its.
+    late = False
     # What suits it; None for the trainer's own.
     learning_rate: float | None = None
     # What the learning rate is multiplied by at a step of so many; None for the schedule that the arguments name.

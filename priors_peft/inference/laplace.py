@@ -30,7 +30,7 @@ class Laplace(Inference):
         ValueError: A setting is out of range.
     """
 
-    samples, alone = True, True
+    samples, alone, late = True, True, True
 
     def __init__(self, num_draws: int = 64) -> None:
         if not isinstance(num_draws, int) or num_draws < 1:

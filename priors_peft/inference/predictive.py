@@ -64,7 +64,8 @@ def predict(
     Raises:
         ValueError: There are no answer tokens.
     """
-    rows = list(tokenize(dataset, tokenizer, None))
+    tokenized = tokenize(dataset, tokenizer, None).with_format(None)
+    rows = [{"attention_mask": [1] * len(row["input_ids"])} | row for row in tokenized]
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
     found: dict[str, list[Tensor]] = {name: [] for name in ("row", "nll", "sure", "right", "entropy", "expected")}
     training, device = model.training, next(model.parameters()).device

@@ -29,7 +29,7 @@ class Svgd(Inference):
         ValueError: A setting is out of range.
     """
 
-    samples, alone = True, True
+    samples, alone, late = True, True, True
 
     def __init__(self, num_particles: int = 4) -> None:
         if not isinstance(num_particles, int) or num_particles < 2:

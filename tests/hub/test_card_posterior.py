@@ -75,14 +75,18 @@ def test_what_was_drawn_is_said(tmp_path, inference, settings, told):
     tokenizer, rows = make_tokenizer(), addition_rows(12)
     config = PriorConfig(num_virtual_tokens=4, inference=inference, inference_kwargs=settings)
     model = get_prior_model(make_model(), config, tokenizer=tokenizer)
-    args = PriorTrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    quiet = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    args = PriorTrainingArguments(str(tmp_path), max_steps=4, eval_strategy="steps", eval_steps=4, **quiet)
     trainer = PriorTrainer(model, args, rows, rows[:4], processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
+    # What was logged in training was of the mode or of particles, where the posterior is found at the end.
+    assert (read_facts(tmp_path).results == {}) == (inference in ("laplace", "svgd"))
     trainer.evaluate(rows[4:])  # other rows' calibration is not the prompt's on its own
     assert read_facts(tmp_path).calibration == {} and "reliability.png" not in (tmp_path / CARD).read_text()
     trainer.evaluate()
     card = (tmp_path / CARD).read_text()
+    assert read_facts(tmp_path).calibration.keys() == {"default"} | ({"default, at its mean"} if told else set())
     assert "![How often" in card and "ECE" in card
     assert (told is None) == ("The posterior is" not in card) and (told or "") in card
     assert (told is None) == ("at its mean" not in card)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, VOCABULARY, WIDTH, addition_rows, make_model, make_tokenizer
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainer import coordinate, make_trainer
 
 from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
+from priors_peft.data import IGNORED, pad, tokenize
 from priors_peft.inference.posterior import SCALE_RATE, GaussianPosterior, SampledPosterior
 from priors_peft.inference.predictive import predict
 from priors_peft.inference.variational import divergence
@@ -49,8 +51,6 @@ def spread_model(architecture="llama", scale=0.5, **config):
 
 
 def batch_of(model, rows=3):
-    from priors_peft.data import IGNORED, pad, tokenize
-
     encoded = list(tokenize(addition_rows(rows), make_tokenizer(), None))
     fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     return {name: pad([row[name] for row in encoded], fill, "right") for name, fill in fills.items()}
@@ -287,6 +287,19 @@ def test_uncertainty_splits_into_what_draws_share_and_what_they_disagree_on():
     model.prompt_encoder["default"].posterior = None
     point = predict(model, make_tokenizer(), rows, count=6)
     assert point.mutual_information == pytest.approx([0] * 5, abs=1e-5)
+
+
+def test_tokenized_rows_without_a_mask_are_predicted_as_rows_of_text():
+    model, rows = spread_model(), Dataset.from_list(addition_rows(5))
+    tokenized = tokenize(rows, make_tokenizer()).remove_columns("attention_mask").with_format("torch")
+    assert predict(model, make_tokenizer(), tokenized, 3) == predict(model, make_tokenizer(), rows, 3)
+
+
+def test_a_run_that_can_not_be_resumed_leaves_the_posterior(tmp_path):
+    trainer = trained(tmp_path, "laplace", save_strategy="no")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.model.prompt_encoder["default"].posterior is not None
 
 
 def test_what_a_posterior_needs_is_said_before_training(tmp_path):
