@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
@@ -44,6 +45,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "rte": {"name": "superglue:rte", "max_length": 200},
     "squad": {"name": "squad", "max_length": 200},
     "boolq": {"name": "superglue:boolq", "max_length": 200},
+    "wic": {"name": "superglue:wic", "max_length": 200},
 }
 STOCK_RATES = (0.003, 0.01, 0.03, 0.1)
 STOCK_DEFAULT_RATE = 0.01
@@ -66,7 +68,11 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.base, self.tokenizer = load_base_model(options.model, device=best_device())
+        device = best_device()
+        self.base, self.tokenizer = load_base_model(options.model, device=device, dtype=getattr(torch, options.dtype))
+        if device.type == "cpu":
+            # In bfloat16 on a CPU this kernel takes longer than all matrices together, stock PEFT's and ours.
+            torch.backends.cuda.enable_flash_sdp(options.dtype != "bfloat16")
         self._tasks: dict[str, Task] = {}
 
     def task(self, name: str) -> Task:
@@ -128,7 +134,7 @@ class Study:
         """Train and measure; the figures of one line."""
         rows, whole = self.rows(task, size, seed), self.task(task)
         chosen: dict[str, Any] = {}
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             if method == "none":
                 model = self.base
@@ -145,11 +151,12 @@ class Study:
                 chosen = {"learning_rate": rate, "held_out_nll": loss}
             else:
                 model = self.ours(method, rows, whole, seed, folder)
-            seconds = time.perf_counter() - start
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
             if method.startswith("stock"):
                 model = PriorPeftModel.from_pretrained(self.base, path)
             figures = self.measure(model, whole)
-        return {"task": task, "size": size, "seed": seed, "method": method, "seconds": seconds} | chosen | figures
+        run = {"task": task, "size": size, "seed": seed, "method": method, "dtype": self.options.dtype}
+        return run | {"seconds": seconds, "cpu_seconds": cpu_seconds} | chosen | figures
 
     def ours(self, method: str, rows: Dataset, task: Task, seed: int, folder: str) -> PriorPeftModel:
         set_seed(seed)
@@ -173,7 +180,10 @@ class Study:
         if isinstance(model, PriorPeftModel):
             prediction = predict(model, self.tokenizer, task.eval, options.num_draws)
             figures = {"nll": prediction.nll, "ece": prediction.calibration.error}
-            figures["nll_at_mean"] = predict(model, self.tokenizer, task.eval, 1).nll if options.num_draws > 1 else 0
+            figures["nll_at_mean"] = predict(model, self.tokenizer, task.eval, 1).nll
+        else:
+            bare = answer(model, self.tokenizer, task.eval, 1)
+            figures = {"nll": bare.nll, "ece": bare.calibration.error}
         averaged = model.averaged(options.num_draws) if isinstance(model, PriorPeftModel) else nullcontext()
         few = task.eval.select(range(min(options.num_answers, len(task.eval))))
         with averaged:
@@ -182,7 +192,6 @@ class Study:
             else:
                 answers = answer(model, self.tokenizer, few, task.max_new_tokens)
                 found = task.metrics(answers.predictions, answers.references)
-                figures.setdefault("nll", answers.nll)
         return figures | found
 
 
@@ -199,9 +208,98 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = []
     for key in sorted(groups, key=lambda key: (key[0], key[1], METHODS.index(key[2]))):
         group = groups[key]
-        figures = [spread([line[name] for line in group if name in line]) for name in ("nll", "ece", "seconds")]
+        figures = [spread([line[name] for line in group if name in line]) for name in ("nll", "ece", "cpu_seconds")]
         rows.append([*map(str, key), str(len(group)), *figures])
-    return markdown_table(["task", "rows", "method", "seeds", "NLL (nats/token)", "ECE", "seconds"], rows)
+    return markdown_table(["task", "rows", "method", "seeds", "NLL (nats/token)", "ECE", "CPU seconds"], rows)
+
+
+def paired(lines: list[dict[str, Any]], method: str, against: str = "stock tuned") -> str:
+    """What `method` gains over another on the same rows and seeds: mean ± standard error over seeds."""
+    found = {(line["task"], line["size"], line["seed"], line["method"]): line for line in lines}
+    rows = []
+    for task, size in dict.fromkeys((line["task"], line["size"]) for line in lines):
+        seeds = [key[2] for key in found if key[:2] == (task, size) and key[3] == method]
+        pairs = [
+            (found[task, size, seed, method], found[task, size, seed, against])
+            for seed in seeds
+            if (task, size, seed, against) in found
+        ]
+        if len(pairs) < 2:
+            continue
+        gains = [theirs["nll"] - ours["nll"] for ours, theirs in pairs]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        ece, seconds = (
+            statistics.mean(ours[name] for ours, _ in pairs) / statistics.mean(theirs[name] for _, theirs in pairs)
+            for name in ("ece", "cpu_seconds")
+        )
+        gain = f"{statistics.mean(gains):+.3f} ± {error:.3f}"
+        rows.append([task, str(size), str(len(pairs)), gain, f"{ece:.2f}", f"{seconds:.2f}"])
+    head = ["task", "rows", "seeds", f"NLL of {against} − {method} (nats/token)", "ECE, ratio", "CPU time, ratio"]
+    return markdown_table(head, rows)
+
+
+# Method: its colour and mark in the picture.
+STYLES = {
+    "stock default": ("#999999", "v"),
+    "stock tuned": ("#000000", "s"),
+    "map": ("#e69f00", "^"),
+    "variational": ("#0072b2", "o"),
+    "sghmc": ("#009e73", "D"),
+    "laplace": ("#cc79a7", "P"),
+    "text": ("#d55e00", "X"),
+}
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Held-out likelihood and calibration by number of training rows, a column a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
+    figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex=True, squeeze=False)
+    labels = {"nll": "held-out NLL (nats per answer token)", "ece": "expected calibration error"}
+    for column, task in enumerate(tasks):
+        own = [line for line in lines if line["task"] == task]
+        sizes = sorted({line["size"] for line in own})
+        for axis, (figure_name, label) in zip(axes[:, column], labels.items(), strict=True):
+            for offset, (method, (color, marker)) in enumerate(STYLES.items()):
+                groups = [
+                    [line[figure_name] for line in own if (line["method"], line["size"]) == (method, size)]
+                    for size in sizes
+                ]
+                known = [(size, group) for size, group in zip(sizes, groups, strict=True) if group]
+                if known:
+                    axis.errorbar(
+                        [size * 1.04 ** (offset - 3) for size, _ in known],
+                        [statistics.mean(group) for _, group in known],
+                        [statistics.stdev(group) if len(group) > 1 else 0 for _, group in known],
+                        color=color,
+                        marker=marker,
+                        capsize=2,
+                        lw=1.2,
+                        ms=5,
+                        label=method,
+                    )
+            bare = [line["nll"] for line in own if line["method"] == "none"]
+            if bare and figure_name == "nll":
+                axis.axhline(bare[0], color="#444444", ls="--", lw=1, label="no prompt")
+            axis.set_xscale("log")
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
+            axis.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axis.set_ylabel(label)
+        axes[0, column].set_title(task)
+        axes[1, column].set_xlabel("training rows")
+        axes[1, column].set_ylim(bottom=0)
+    handles = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
 
 
 def spread(values: list[float]) -> str:
@@ -214,6 +312,7 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled:smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
     parser.add_argument("--data_dir", help="folder with the published files of squad and superglue; else the Hub")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[16, 32, 128, 1024], help="training rows")
@@ -224,6 +323,7 @@ def main() -> None:
     parser.add_argument("--num_answers", type=int, default=64, help="of them to answer for the task's metric")
     parser.add_argument("--num_draws", type=int, default=8, help="prompts drawn from a posterior")
     parser.add_argument("--results", default="outputs/low_data.jsonl")
+    parser.add_argument("--picture", type=Path, help="PNG of all results")
     options = parser.parse_args()
 
     results = Path(options.results)
@@ -238,7 +338,9 @@ def main() -> None:
         with atomic_path(results) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(lines[-1], flush=True)
-    print("\n" + table(lines))
+    print("\n" + table(lines) + "\n\n" + paired(lines, "variational"))
+    if options.picture:
+        draw(lines, options.picture)
 
 
 if __name__ == "__main__":
