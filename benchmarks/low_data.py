@@ -55,7 +55,7 @@ EVALUATE_EVERY = 10
 
 OURS: dict[str, dict[str, Any]] = {
     "map": {"inference": "map"},
-    "variational": {"inference": "variational", "prior_weight": 0.1},
+    "variational": {"inference": "variational", "prior_weight": 0.03},
     "sghmc": {"inference": "sghmc", "prior_weight": 0.1},
     "laplace": {"inference": "laplace", "prior_weight": 1.0},
     "text": {"inference": "variational", "prior_weight": 0.1, "prior": "text"},
