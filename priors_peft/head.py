@@ -28,6 +28,8 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
     The model's own forward runs, without its layers: so scaled and soft-capped logits come out as they should.
     """
+    # A part of a longer sequence is not: a linear layer would copy its weight for each row.
+    hidden = hidden.contiguous()
     layers = decoder(model)
     shadowed, calls = layers.__dict__.get("forward"), []  # accelerate and others put their own there
 
