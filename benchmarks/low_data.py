@@ -47,6 +47,16 @@ TASKS: dict[str, dict[str, Any]] = {
     "boolq": {"name": "superglue:boolq", "max_length": 200},
     "wic": {"name": "superglue:wic", "max_length": 200},
 }
+# What the empirical prior knows: other modules of MATH, each tuned on so many rows.
+SOURCES = (
+    "arithmetic__mul",
+    "arithmetic__div",
+    "algebra__linear_2d",
+    "numbers__gcd",
+    "numbers__round_number",
+    "polynomials__evaluate",
+)
+SOURCE_ROWS, SOURCE_STEPS = 1000, 60
 STOCK_RATES = (0.003, 0.01, 0.03, 0.1)
 STOCK_DEFAULT_RATE = 0.01
 HELD_OUT = 0.25
@@ -58,7 +68,8 @@ OURS: dict[str, dict[str, Any]] = {
     "variational": {"inference": "variational", "prior_weight": 0.03},
     "sghmc": {"inference": "sghmc", "prior_weight": 0.1},
     "laplace": {"inference": "laplace", "prior_weight": 1.0},
-    "text": {"inference": "variational", "prior_weight": 0.1, "prior": "text"},
+    "text": {"inference": "variational", "prior_weight": 0.03, "prior": "text"},
+    "empirical": {"inference": "variational", "prior_weight": 0.03, "prior": "empirical", "reference": "adapters"},
 }
 METHODS = ["none", "stock default", "stock tuned", *OURS]
 
@@ -134,6 +145,8 @@ class Study:
         """Train and measure; the figures of one line."""
         rows, whole = self.rows(task, size, seed), self.task(task)
         chosen: dict[str, Any] = {}
+        if method == "empirical":
+            self.sources()  # not in its time: one set serves all tasks
         start, start_cpu = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             if method == "none":
@@ -159,20 +172,37 @@ class Study:
         return run | {"seconds": seconds, "cpu_seconds": cpu_seconds} | chosen | figures
 
     def ours(self, method: str, rows: Dataset, task: Task, seed: int, folder: str) -> PriorPeftModel:
-        set_seed(seed)
         settings = dict(OURS[method])
         if settings.get("prior") == "text":
-            settings["prior_kwargs"] = {"text": task.description}
+            # As wide as the vocabulary: around a description, not at it.
+            settings["prior_kwargs"] = {"text": task.description, "spread": 1.0}
+        if method == "empirical":
+            settings["reference_kwargs"] = {"adapters": self.sources()}
+        return self.trained(settings, rows, seed, folder).model
+
+    def trained(self, settings: dict[str, Any], rows: Dataset, seed: int, folder: str, **more: Any) -> PriorTrainer:
+        set_seed(seed)
         config = PriorConfig(num_virtual_tokens=20, seed=seed, **settings)
-        model = get_prior_model(self.base, config, tokenizer=self.tokenizer)
         trainer = PriorTrainer(
-            model=model,
-            args=PriorTrainingArguments(**self.settings(folder, seed)),
+            model=get_prior_model(self.base, config, tokenizer=self.tokenizer),
+            args=PriorTrainingArguments(**self.settings(folder, seed, **more)),
             train_dataset=rows,
             processing_class=self.tokenizer,
         )
         trainer.train()
-        return model
+        return trainer
+
+    def sources(self) -> list[str]:
+        """Adapters of other tasks, trained once, beside the results."""
+        folders = []
+        for module in SOURCES:
+            folder = Path(self.options.results).parent / "sources" / module
+            if not (folder / "prior_config.json").is_file():
+                rows = load_task("math", module=module, num_train=SOURCE_ROWS, num_eval=1).train
+                trainer = self.trained(OURS["variational"], rows, 0, str(folder), max_steps=SOURCE_STEPS)
+                trainer.save_model()
+            folders.append(str(folder))
+        return folders
 
     def measure(self, model: Any, task: Task) -> dict[str, float]:
         """Held-out likelihood, calibration and the task's own metric, averaged over draws where there are any."""
@@ -247,6 +277,7 @@ STYLES = {
     "sghmc": ("#009e73", "D"),
     "laplace": ("#cc79a7", "P"),
     "text": ("#d55e00", "X"),
+    "empirical": ("#56b4e9", "*"),
 }
 
 
@@ -294,7 +325,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         axes[0, column].set_title(task)
         axes[1, column].set_xlabel("training rows")
         axes[1, column].set_ylim(bottom=0)
-    handles = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     with atomic_path(path) as temporary:

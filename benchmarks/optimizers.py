@@ -112,9 +112,7 @@ class Study:
 
 def best_rate(lines: list[dict[str, Any]], module: str, name: str) -> float:
     """The rate of least held-out NLL."""
-    tried = [
-        line for line in lines if (line["task"], line["optimizer"], line["seed"]) == (module, name, TUNING_SEED)
-    ]
+    tried = [line for line in lines if (line["task"], line["optimizer"], line["seed"]) == (module, name, TUNING_SEED)]
     return min(tried, key=lambda line: line["nll"])["rate"]
 
 
