@@ -290,7 +290,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex=True, squeeze=False)
-    labels = {"nll": "held-out NLL (nats per answer token)", "ece": "expected calibration error"}
+    labels = {"nll": "held-out NLL\n(nats per answer token)", "ece": "expected\ncalibration error"}
     for column, task in enumerate(tasks):
         own = [line for line in lines if line["task"] == task]
         sizes = sorted({line["size"] for line in own})
@@ -303,7 +303,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                 known = [(size, group) for size, group in zip(sizes, groups, strict=True) if group]
                 if known:
                     axis.errorbar(
-                        [size * 1.04 ** (offset - 3) for size, _ in known],
+                        [size * 1.015 ** (offset - 3) for size, _ in known],
                         [statistics.mean(group) for _, group in known],
                         [statistics.stdev(group) if len(group) > 1 else 0 for _, group in known],
                         color=color,
@@ -328,8 +328,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     handles = {
         text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    title = "mean and standard deviation over seeds; less is better"
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False, title=title)
+    figure.tight_layout(rect=(0, 0.11, 1, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
