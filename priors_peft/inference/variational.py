@@ -42,8 +42,9 @@ class Variational(Inference):
         shape = encoder.coordinate.shape
         # Not zero, where the gradient of F vanishes; the same on all processes.
         generator = torch.Generator().manual_seed(0)
-        factor = torch.randn((self.rank, *shape), generator=generator) * self.initial_scale / (1 + self.rank) ** 0.5
-        scale = torch.full(shape, float(self.initial_scale))
+        share = self.initial_scale / (1 + self.rank) ** 0.5
+        factor = torch.randn((self.rank, *shape), generator=generator) * share
+        scale = torch.full(shape, float(share))
         return GaussianPosterior.of_scale(scale, factor, trained=True).to(encoder.coordinate.device)
 
     def finish(self, trainer: "PriorTrainer") -> None:

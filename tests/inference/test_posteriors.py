@@ -1,6 +1,7 @@
 """Every algorithm finds the posterior where it is known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def test_the_variational_optimum_of_full_rank_is_the_posterior():
     fit(toy, encoder, 4000)
     mean, covariance = moments(encoder)
     assert close(mean, toy.mean, 0.05) and close(covariance, toy.covariance, 0.15)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_variational_posterior_starts_as_wide_as_it_is_said(rank):
+    start = Variational(initial_scale=0.1, rank=rank).start(SimpleNamespace(coordinate=torch.zeros(1, 20, 64)))
+    assert start.variance(None).mean().sqrt().item() == pytest.approx(0.1, rel=0.02)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
