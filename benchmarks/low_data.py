@@ -72,6 +72,8 @@ OURS: dict[str, dict[str, Any]] = {
     "empirical": {"inference": "variational", "prior_weight": 0.03, "prior": "empirical", "reference": "adapters"},
 }
 METHODS = ["none", "stock default", "stock tuned", *OURS]
+# Not in the grid: what the variational posterior's temperature was chosen from.
+TEMPERATURES = {f"variational {weight}": OURS["variational"] | {"prior_weight": weight} for weight in (0.01, 0.1, 0.3)}
 
 
 class Study:
@@ -172,7 +174,7 @@ class Study:
         return run | {"seconds": seconds, "cpu_seconds": cpu_seconds} | chosen | figures
 
     def ours(self, method: str, rows: Dataset, task: Task, seed: int, folder: str) -> PriorPeftModel:
-        settings = dict(OURS[method])
+        settings = dict((OURS | TEMPERATURES)[method])
         if settings.get("prior") == "text":
             # As wide as the vocabulary: around a description, not at it.
             settings["prior_kwargs"] = {"text": task.description, "spread": 1.0}
@@ -227,7 +229,7 @@ class Study:
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, int, int, str]]:
     """The runs, the smallest sizes and first seeds of every task before more of any."""
-    yield from product(options.tasks, options.sizes, range(options.seeds), options.methods)
+    yield from product(options.tasks, options.sizes, options.seeds, options.methods)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -236,7 +238,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         groups[line["task"], line["size"], line["method"]].append(line)
     rows = []
-    for key in sorted(groups, key=lambda key: (key[0], key[1], METHODS.index(key[2]))):
+    for key in sorted(groups, key=lambda key: (key[0], key[1], [*METHODS, *TEMPERATURES].index(key[2]))):
         group = groups[key]
         figures = [spread([line[name] for line in group if name in line]) for name in ("nll", "ece", "cpu_seconds")]
         rows.append([*map(str, key), str(len(group)), *figures])
@@ -350,8 +352,8 @@ def main() -> None:
     parser.add_argument("--data_dir", help="folder with the published files of squad and superglue; else the Hub")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[16, 32, 128, 1024], help="training rows")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=[*METHODS, *TEMPERATURES])
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of 8 rows")
     parser.add_argument("--num_eval", type=int, default=128, help="held-out rows")
     parser.add_argument("--num_answers", type=int, default=64, help="of them to answer for the task's metric")
