@@ -25,21 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterModel(PeftModelForCausalLM):
-    """A `PeftModel` whose adapters are prompts under priors.
-
-    Args:
-        model: The base model; its weights are frozen in place.
-        peft_config: What is tuned, under which prior.
-        adapter_name: Name of this prompt.
-        tokenizer: Tells which vocabulary rows are special, so that the prior is not fitted on them.
-        saved: A saved prompt to start from instead of a draw from the prior.
+    """A `PeftModel` whose adapters are prompts under priors; `PriorPeftModel` tells its arguments.
 
     Attributes:
         prompt_encoder: A `PriorPromptEncoder` by each prompt's name.
         provenance: Where each prompt's references came from.
-
-    Raises:
-        ValueError: The base model can't take a prompt, or the configuration does not fit it.
     """
 
     prompt_encoder: Any
