@@ -40,6 +40,10 @@ SHORT = {
     "recipes/paper/small.yaml": [*RUNS, "--tuning", "soft", "--prior", "gaussian", "structured"],
     "recipes/paper/grid.yaml": [*RUNS, "--seed", "0", "--tuning", "four", "--prior", "interpolation"],
     "recipes/paper/llama-3.2-1b.yaml": [*RUNS, "--seed", "0", "--tuning", "soft", "--prior", "exclusion"],
+    "benchmarks/low_data.py": [
+        *("--tasks", "add_or_sub", "--sizes", "16", "--seeds", "0", "--steps", "2", "--num_eval", "6"),
+        *("--num_answers", "2", "--num_draws", "2", "--picture", "outputs/low_data.png"),
+    ],
     "recipes/prompts/run.py": RUNS,
     "recipes/semantics/run.py": [
         *("--max_steps", "2", "--num_train", "16", "--seeds", "1", "--num_transfer", "6", "--num_analysis", "1"),
@@ -155,7 +159,7 @@ def fill(hub, data: Path, tokenizer: PreTrainedTokenizerFast, scratch: Path) -> 
 @pytest.fixture
 def place(tmp_path) -> Path:
     """A folder as a user has it: recipes, data, rows of their own, and a tiny model in place of the bundled one."""
-    for name in ("recipes", "accelerate_configs"):
+    for name in ("recipes", "benchmarks", "accelerate_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     texts = write_data(tmp_path / "DATA")
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in addition_rows(40)))

@@ -424,7 +424,7 @@ def test_the_trainer_pushes_its_adapter_with_its_own_card_once(tmp_path, hub):
     done = trainer.push_to_hub(license="mit", private=True)
     assert done.oid == hub.repos["user/sums"].at("main").oid and hub.repos["user/sums"].private
     files = hub.files("user/sums")
-    assert set(files) == CORE | {TRAINING, "snapshots.safetensors"}
+    assert set(files) == CORE | {TRAINING, "snapshots.safetensors", "reliability.png"}
     card = ModelCard(files[CARD].decode())
     assert card.data.license == "mit" and card.data.base_model == "user/base" and card.data.eval_results
     assert '"user/sums"' in card.text and "More Information" not in card.text
