@@ -50,7 +50,7 @@ def opened(browser, analysis, tmp_path_factory):
 def test_everything_is_drawn_and_the_console_is_silent(opened):
     for part in opened.query_selector_all("details:not([open]) > summary"):
         part.click()
-    opened.wait_for_function("!document.querySelector('.figure:not([data-drawn])')")
+    opened.wait_for_selector(".figure:not([data-drawn])", state="detached", timeout=120_000)
     assert opened.locator(".figure .main-svg").count() >= opened.locator(".figure").count()
     assert opened.said == []
 
