@@ -246,8 +246,10 @@ def plan(out: Path, runs: list[Run], done: Collection[str]) -> None:
     path = out / PLANNED
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     planned = {run.name: settings_of(run) for run in runs}
+    defaults = settings_of(Run({}, {}, []))
     for name, settings in planned.items():
-        before = known.get(name, settings)
+        # What an older version did not know was as its default is now.
+        before = defaults | known[name] if name in known else settings
         other = sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
         if other and (name in done or (out / "runs" / name).exists()):
             raise ValueError(

@@ -172,6 +172,18 @@ def test_each_run_is_done_once_and_leaves_a_line(small, tmp_path, sweep, capsys,
     sweep.main([*small, "--train_file", "rows.jsonl"])  # the same place
 
 
+def test_a_setting_that_an_older_version_did_not_know_counts_as_its_default(small, tmp_path, sweep):
+    runs = sweep.read_sweep(small[0], ["--prior", "gaussian"])
+    sweep.plan(tmp_path, runs, [])
+    older = json.loads((tmp_path / sweep.PLANNED).read_text())
+    assert older["gaussian"].pop("inference") == "map" and older["gaussian"].pop("num_eval") == 8
+    write(tmp_path / sweep.PLANNED, json.dumps({"gaussian": older["gaussian"] | {"num_eval": 8}}))
+    sweep.plan(tmp_path, runs, ["gaussian"])
+    write(tmp_path / sweep.PLANNED, json.dumps(older))
+    with pytest.raises(ValueError, match="num_eval must be None as when the run gaussian was begun, got 8"):
+        sweep.plan(tmp_path, runs, ["gaussian"])
+
+
 def test_runs_over_one_loaded_model_are_what_each_is_alone(small, tmp_path, sweep):
     sweep.main(small)
     together = results(tmp_path)

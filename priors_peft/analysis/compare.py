@@ -183,14 +183,28 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
 
 
 def over_seeds(values: Mapping[tuple[str, int], float]) -> dict[str, Any]:
-    """As `mean_and_error`, of the means over tasks: how much more tasks differ than seeds is no error.
+    """Mean over tasks, its standard error over seeds and their count: how much more tasks differ than seeds is no error.
+
+    Where each seed has each task this is `mean_and_error` of the seeds' means.
 
     Args:
-        values: By task and seed; a seed that lacks a task of another one is left out.
+        values: By task and seed; a seed may lack tasks. With a task of one seed there is no error.
     """
-    tasks = sorted({task for task, _ in values})
-    whole = [seed for seed in sorted({seed for _, seed in values}) if all((task, seed) in values for task in tasks)]
-    return mean_and_error([statistics.fmean(values[task, seed] for task in tasks) for seed in whole])
+    by_task: dict[str, dict[int, float]] = {}
+    for (task, seed), value in values.items():
+        by_task.setdefault(task, {})[seed] = value
+    means = {task: statistics.fmean(of_task.values()) for task, of_task in by_task.items()}
+    # How far each seed moves the mean, over all its tasks, as their noise may be shared.
+    shares: dict[int, float] = dict.fromkeys((seed for _, seed in values), 0.0)
+    for (task, seed), value in values.items():
+        count = len(by_task[task])
+        shares[seed] += (value - means[task]) / math.sqrt(count * max(1, count - 1)) / len(means)
+    told = min(map(len, by_task.values())) > 1
+    return {
+        "mean": statistics.fmean(means.values()),
+        "se": math.hypot(*shares.values()) if told else None,
+        "n": len(shares),
+    }
 
 
 def _summaries(figures: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

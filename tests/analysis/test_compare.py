@@ -10,6 +10,7 @@ from priors_peft.analysis.compare import (
     between_and_within,
     clusters,
     distance,
+    mean_and_error,
     name_runs,
     over_seeds,
     place,
@@ -228,7 +229,20 @@ def test_that_tasks_differ_is_no_error_of_what_seeds_say():
     gain = found["arms"][0]["gain"]
     assert gain == {"mean": pytest.approx((0.75 + 5.75) / 2), "se": pytest.approx(0.25), "n": 2}
     assert found["tunings"]["soft"]["difference"] == {"mean": pytest.approx(0.25), "se": pytest.approx(0), "n": 2}
-    assert over_seeds({("math", 0): 1.0, ("squad", 0): 3.0, ("math", 1): 7.0}) == {"mean": 2.0, "se": None, "n": 1}
+
+
+def test_a_seed_that_lacks_a_task_counts_on_the_others():
+    lacking = {("math", 0): 1.0, ("math", 1): 7.0, ("math", 2): 4.0, ("squad", 0): 20.0, ("squad", 1): 22.0}
+    # Three seeds on math, two on squad: variances of means 9/3 and 2/2, and a covariance by the seeds that have both.
+    shares = [(-3 / math.sqrt(6) - 1 / math.sqrt(2)) / 2, (3 / math.sqrt(6) + 1 / math.sqrt(2)) / 2, 0.0]
+    error = math.hypot(*shares)
+    assert over_seeds(lacking) == {"mean": pytest.approx((4 + 21) / 2), "se": pytest.approx(error), "n": 3}
+    apart = {("math", 0): 1.0, ("math", 1): 7.0, ("squad", 2): 3.0, ("squad", 3): 5.0}
+    assert over_seeds(apart) == {"mean": 4.0, "se": pytest.approx(math.sqrt(18 / 2 + 2 / 2) / 2), "n": 4}
+    whole = {("math", 0): 1.0, ("math", 1): 7.0, ("squad", 0): 3.0, ("squad", 1): 4.0}
+    assert over_seeds(whole) == pytest.approx(mean_and_error([2.0, 5.5]))
+    # Of one seed alone nobody knows how far another would be off.
+    assert over_seeds({("math", 0): 1.0, ("squad", 1): 3.0, ("math", 1): 7.0}) == {"mean": 3.5, "se": None, "n": 2}
 
 
 def test_regions_without_both_kinds_have_no_difference():
