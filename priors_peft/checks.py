@@ -1,6 +1,8 @@
 """What `PriorTrainer` refuses, before anything is trained."""
 
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,3 +98,22 @@ def check_adapters(
             raise ValueError("load_best_model_at_end must be False for several adapter_names, whose best steps differ")
         if any(model.peft_config[name].prior_weight == "auto" for name in names):
             raise ValueError('prior_weight must be a number for several adapter_names, got "auto"')
+
+
+def check_checkpoint(model: PriorPeftModel, name: str, checkpoint: str | os.PathLike) -> None:
+    """Refuse to go on from the checkpoint of an algorithm that trains otherwise than the prompt's own."""
+    from .hub.adapter import PRIOR_CONFIG, read_json
+
+    path = Path(checkpoint, "" if name == "default" else name, PRIOR_CONFIG)
+    saved, config = read_json(path).get("config", {}) if path.is_file() else {}, model.peft_config[name]
+    begun = saved.get("inference", "map"), saved.get("inference_kwargs") or {}
+    given = config.inference, config.inference_kwargs
+    found, wanted = inference_from(*begun), inference_from(*given)
+    hooks = ("start", "prompts", "optimizer", "before_step", "step")
+    alike = all(getattr(type(found), hook) is getattr(type(wanted), hook) for hook in hooks)
+    for argument, one, other in zip(("inference", "inference_kwargs"), begun, given, strict=True):
+        if one != other and (not alike or (type(found) is type(wanted) and vars(found) != vars(wanted))):
+            raise ValueError(
+                f"{argument} must be the checkpoint's {one!r} to go on from {str(checkpoint)!r}, got {other!r}: pass "
+                f"{argument}={one!r}, or train anew in another output_dir"
+            )

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import PriorCallback, suffix, weight_at
-from .checks import check_adapters, check_options, check_processes, check_types
+from .checks import check_adapters, check_checkpoint, check_options, check_processes, check_types
 from .data import IGNORED, count_supervised_tokens, tokenize
 from .evaluating import LikelihoodTrainer
 from .files import check_writable
@@ -157,6 +157,7 @@ class PriorTrainer(LikelihoodTrainer):
 
         Raises:
             FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
+            ValueError: There is no whole checkpoint, or it was trained by another algorithm.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -165,6 +166,8 @@ class PriorTrainer(LikelihoodTrainer):
                     f"resume_from_checkpoint must be False for the first run, got True, but {self.args.output_dir!r} "
                     "holds no whole checkpoint"
                 )
+        for name in self.adapter_names if resume_from_checkpoint else ():
+            check_checkpoint(self.model, name, str(resume_from_checkpoint))
         config = self.model.peft_config[self.adapter_names[0]]
         if config.prior_weight == "auto":
             config.prior_weight = choose_weight(self)

@@ -302,6 +302,29 @@ def test_a_run_that_can_not_be_resumed_leaves_the_posterior(tmp_path):
     assert trainer.model.prompt_encoder["default"].posterior is not None
 
 
+@pytest.mark.parametrize(
+    "begun, given", [("map", "variational"), ("variational", "map"), ("svgd", "map"), ("sghmc", "laplace")]
+)
+def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path, begun, given):
+    trained(tmp_path, begun, save_strategy="steps", save_steps=4)
+    with pytest.raises(ValueError) as error:
+        trained(tmp_path, given, resume=True)
+    assert str(error.value).startswith(f"inference must be the checkpoint's {begun!r} to go on from ")
+    assert str(error.value).endswith(f"got {given!r}: pass inference={begun!r}, or train anew in another output_dir")
+
+
+def test_a_checkpoint_of_the_algorithms_other_settings_is_refused_and_of_one_that_trains_alike_taken(
+    tmp_path, monkeypatch
+):
+    trained(tmp_path / "svgd", "svgd", save_strategy="steps", save_steps=4)
+    monkeypatch.setitem(SETTINGS, "svgd", {"num_particles": 2})
+    with pytest.raises(ValueError, match="inference_kwargs must be the checkpoint's {'num_particles': 3} .*got {'num"):
+        trained(tmp_path / "svgd", "svgd", resume=True)
+    trained(tmp_path / "map", "map", save_strategy="steps", save_steps=4)
+    found = trained(tmp_path / "map", "laplace", resume=True, max_steps=5)
+    assert found.model.prompt_encoder["default"].posterior is not None
+
+
 def test_what_a_posterior_needs_is_said_before_training(tmp_path):
     for settings, message in (
         ({"prior_weight": 0}, "prior_weight must be a number > 0 for inference='variational', got 0"),
