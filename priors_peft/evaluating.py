@@ -1,6 +1,7 @@
 """Evaluation in training: an exact likelihood of all rows, and generated answers in their order."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,14 +20,8 @@ from .sharding import as_forward
 
 
 class LikelihoodTrainer(HubTrainer):
-    """A `Trainer` that evaluates prompts by nats per supervised token over all rows, not by a mean of means.
+    """A `Trainer` that evaluates prompts by nats per supervised token over all rows, not by a mean of means."""
 
-    Attributes:
-        adapter_names: The prompts that are evaluated.
-    """
-
-    adapter_names: list[str]
-    compute_metrics: Any
     _encode: Callable[[Any], Any]
     _max_length: int | None
 
@@ -52,16 +47,19 @@ class LikelihoodTrainer(HubTrainer):
         order = _by_length(dataloader.dataset)
         self.compute_metrics = partial(_figures, users_metrics=users_metrics, order=order)
         figures: dict[str, float] = {}
-        self.calibrations = {}  # particles of before are gone
+        part = metric_key_prefix.partition("_")[2]
+        if not part:
+            self.calibrations = {}  # particles of before are gone
         try:
             with self.model.cached_prompt():
                 for name in self.adapter_names:
                     self.model.active_adapter = name
-                    with self.model.averaged(self.args.posterior_draws):
+                    with nullcontext() if self._at_mean else self.model.averaged(self.args.posterior_draws):
                         output = super().evaluation_loop(
                             dataloader, description, False, ignore_keys, metric_key_prefix
                         )
-                    self.calibrations[name] = calibration_of(torch.from_numpy(output.predictions[2]).sum(0))
+                    label = ", ".join(filter(None, [name, "at its mean" if self._at_mean else "", part]))
+                    self.calibrations[label] = calibration_of(torch.from_numpy(output.predictions[2]).sum(0))
                     for key, value in output.metrics.items():
                         figures[key + suffix(name, self.adapter_names)] = value
         finally:

@@ -24,8 +24,9 @@ def label(facts: "Facts", name: str) -> str:
         name = f"this prompt, {name}"
     if name == "this prompt" and has_posterior(facts):
         name = "this prompt, at its mean"
-    if name in facts.training.results and facts.training.posterior_draws:
-        name = f"{name}, averaged over {plural(facts.training.posterior_draws, 'draw')}"
+    own, comma, part = name.partition(", ")
+    if own in facts.training.results and facts.training.posterior_draws and not part.startswith("at its mean"):
+        name = f"{own}, averaged over {plural(facts.training.posterior_draws, 'draw')}{comma}{part}"
     return name.replace("default", "this prompt", 1) if name.startswith("default") else name
 
 
@@ -35,7 +36,7 @@ def calibrations(facts: "Facts") -> dict[str, dict[str, Any]]:
     order = ["no prompt", "this prompt", *(name for name in found if name.startswith("averaged over "))]
     if not found:
         found = facts.training.calibration
-        order = sorted(found, key=lambda name: (name in facts.training.results, name))
+        order = sorted(found, key=lambda name: ("at its mean" not in name, name))
     return {label(facts, name): found[name] for name in order if name in found}
 
 

@@ -68,7 +68,7 @@ def results(facts: "Facts") -> str | None:
             lines.append(["mean ± standard deviation", *(_mean(training.results, metric) for metric in metrics)])
         on = f"On {count:,} evaluation rows:" if isinstance(count, int) else "On the evaluation rows:"
         parts.append(f"{on}\n\n{table(['', *(escape(metric_name(metric)) for metric in metrics)], lines)}")
-        if any("ece" in figures for figures in rows.values()):
+        if any(metric.endswith("ece") for metric in metrics):
             parts.append(
                 "ECE is the expected calibration error: how far the likeliest token's probability is from how often it is "
                 "right (Guo et al., 2017)."

@@ -71,7 +71,8 @@ class TrainingFacts:
         initial_results: The same of the prompt before training.
         posterior_draws: Prompts drawn from the posterior that `results` average; None where it is a point.
         mean_results: Of each prompt with a posterior, `loss` and `ece` at its mean.
-        calibration: What each `ece` is of, see `calibration.Calibration`, by the prompt's name, or `NAME, at its mean`.
+        calibration: What each `ece` is of, see `calibration.Calibration`, by the prompt's name, or `NAME, at its
+            mean`; of several evaluation sets with `, PART` after it.
         datasets: Hub ids of the training data.
         recipe: What `priors-peft train` was given, flag by flag.
         repo_id: Where it was pushed to last.
@@ -156,8 +157,8 @@ def collect_facts(
         seconds=runtimes[-1] if runtimes else None,
         settings={name: public_value(getattr(args, name)) for name in SETTINGS if hasattr(args, name)},
         learning_rates=dict(trainer.learning_rates),
-        results=_by_prompt(now, names),
-        initial_results={} if step == 0 else _by_prompt(start, names),
+        results=by_prompt(now, names),
+        initial_results={} if step == 0 else by_prompt(start, names),
         posterior_draws=None if is_point else args.posterior_draws,
         datasets=_hub_sources(trainer.train_dataset),
         recipe=dict(trainer.recipe),
@@ -204,7 +205,7 @@ def _device(device: Any) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def _by_prompt(figures: Mapping[str, float], names: list[str]) -> dict[str, dict[str, float]]:
+def by_prompt(figures: Mapping[str, float], names: list[str]) -> dict[str, dict[str, float]]:
     """Evaluation's figures without their prefix and timings, prompt by prompt."""
     found: dict[str, dict[str, float]] = {}
     for key, value in figures.items():

@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -17,11 +16,10 @@ from transformers.utils import PushInProgress
 
 from ..calibration import Calibration
 from ..files import atomic_path
-from ..inference.predictive import Prediction, predict
 from ..sharding import is_sharded
 from .adapter import ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS
 from .card import CARD, adapters_in, write_card
-from .facts import collect_facts, read_facts
+from .facts import by_prompt, collect_facts, read_facts
 from .push import ADAPTER_FILES, PushError, adopt_card, commit, explained, files_of, prepare_repo, push_folder
 
 
@@ -46,13 +44,17 @@ class HubTrainer(Trainer):
 
     Attributes:
         recipe: The flags that `priors-peft train` was given, for the card.
-        calibrations: Of each prompt, by the last evaluation.
+        adapter_names: The prompts that are evaluated.
+        calibrations: By the last evaluation, of each prompt, or `NAME, PART` for each of several evaluation sets.
     """
 
     recipe: dict[str, Any] = {}
+    adapter_names: list[str]
+    compute_metrics: Any
     calibrations: dict[str, Calibration] = {}
     hub_model_id: str | None = None
-    _evaluated: tuple[int, dict[str, float], dict[str, Calibration], dict[str, Prediction]] | None = None
+    _evaluated: tuple[int, dict[str, float], dict[str, Calibration], dict[str, dict[str, float]]] | None = None
+    _at_mean = False
     _before: dict[str, float] | None = None
     _saved = False
 
@@ -67,25 +69,34 @@ class HubTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer`'s; figures of the trainer's own evaluation rows go onto the card, if the prompt was saved."""
+        if eval_dataset is None:
+            self.calibrations = {}
         figures = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and not self.is_in_train:
-            self._evaluated = self.state.global_step, figures, self.calibrations, self._at_means()
+            calibrations, means = self.calibrations, self._at_means()
+            self.calibrations = calibrations | self.calibrations
+            self._evaluated = self.state.global_step, figures, self.calibrations, means
             if self._saved and self.is_world_process_zero():
                 self._try_card(Path(self.args.output_dir))
         return figures
 
-    def _at_means(self) -> dict[str, Prediction]:
-        """What prompts with a posterior predict at its mean, which is what the stock adapter holds."""
-        rows, found, active = self.eval_dataset, {}, self.model.active_adapter
-        for name in self.adapter_names if isinstance(rows, Dataset) and self.is_world_process_zero() else ():
-            if self.model.prompt_encoder[name].posterior is None:
-                continue
-            self.model.active_adapter = name
-            try:
-                found[name] = predict(self.model, self.processing_class, rows, 1, self.args.eval_batch_size)
-            finally:
-                self.model.active_adapter = active
-        return found
+    def _at_means(self) -> dict[str, dict[str, float]]:
+        """Evaluate prompts with a posterior at its mean, which is what the stock adapter holds; nothing is logged."""
+        names, metrics, callbacks = self.adapter_names, self.compute_metrics, self.callback_handler.callbacks
+        spread = [name for name in names if self.model.prompt_encoder[name].posterior is not None]
+        parts = self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]
+        figures: dict[str, float] = {}
+        self.adapter_names, self.compute_metrics, self.callback_handler.callbacks = spread, None, []
+        self._at_mean = True
+        try:
+            for part in parts if spread else []:
+                prefix = "eval" if part is None else f"eval_{part}"
+                loader = self.get_eval_dataloader(part)
+                figures |= self.evaluation_loop(loader, "Evaluation at the mean", metric_key_prefix=prefix).metrics
+            return by_prompt(figures, spread)
+        finally:
+            self.adapter_names, self.compute_metrics, self.callback_handler.callbacks = names, metrics, callbacks
+            self._at_mean = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s, but that only the prompt is gathered where the model is sharded; every process calls this."""
@@ -138,8 +149,7 @@ class HubTrainer(Trainer):
         if step != self.state.global_step:
             figures, calibrations, means = None, {}, {}
         facts = collect_facts(self, figures, self._before)
-        facts.mean_results = {name: {"loss": of.nll, "ece": of.calibration.error} for name, of in means.items()}
-        calibrations = calibrations | {f"{name}, at its mean": of.calibration for name, of in means.items()}
+        facts.mean_results = means
         facts.calibration = {name: of.to_dict() for name, of in calibrations.items()}
         facts.repo_id = facts.repo_id or read_facts(folder).repo_id
         facts.save(folder)

@@ -90,3 +90,50 @@ def test_what_was_drawn_is_said(tmp_path, inference, settings, told):
     assert "![How often" in card and "ECE" in card
     assert (told is None) == ("The posterior is" not in card) and (told or "") in card
     assert (told is None) == ("at its mean" not in card)
+
+
+def make_trainer(folder, eval_rows=4, inference="variational", **settings):
+    tokenizer, rows = make_tokenizer(), addition_rows(12)
+    config = PriorConfig(num_virtual_tokens=4, inference=inference, prior_weight=0.1)
+    model = get_prior_model(make_model(), config, tokenizer=tokenizer)
+    quiet = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1}
+    parts = rows[:eval_rows] if isinstance(eval_rows, int) else {name: rows[:of] for name, of in eval_rows.items()}
+    args = PriorTrainingArguments(str(folder), **quiet | settings)
+    return PriorTrainer(model, args, rows, parts, processing_class=tokenizer)
+
+
+def test_the_mean_is_measured_as_the_average_is_in_what_precision_whatever_and_by_all_processes(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, bf16=True)
+    trainer.train()
+    trainer.save_model()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "is_world_process_zero", lambda: False)
+        loops = []
+        own = trainer.prediction_step
+        patch.setattr(trainer, "prediction_step", lambda *given, **named: loops.append(0) or own(*given, **named))
+        trainer.evaluate()
+        assert len(loops) == 2  # its part of the rows, averaged and at the mean
+    trainer.evaluate()
+    (mean,) = read_facts(tmp_path).mean_results.values()
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(logged) == 2 and mean["loss"] not in logged
+    trainer.model.prompt_encoder["default"].posterior = None
+    assert trainer.evaluate()["eval_loss"] == mean["loss"]
+
+
+@pytest.mark.parametrize("inference", ["map", "variational"])
+def test_each_of_several_evaluation_sets_has_its_own_calibration(tmp_path, inference):
+    trainer = make_trainer(tmp_path, {"one": 3, "two": 7}, inference)
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate()
+    facts, names = read_facts(tmp_path), ["default"] + ["default, at its mean"] * (inference != "map")
+    assert facts.calibration.keys() == {f"{name}, {part}" for name in names for part in ("one", "two")}
+    for name in names:
+        figures = (facts.mean_results if "mean" in name else facts.results)["default"]
+        for part in ("one", "two"):
+            found = facts.calibration[f"{name}, {part}"]
+            assert found["error"] == figures[f"{part}_ece"] and sum(found["counts"]) == 2 * {"one": 3, "two": 7}[part]
+    card = (tmp_path / CARD).read_text()
+    assert "![How often" in card and "ECE is the expected calibration error" in card
+    assert row(card, "this prompt" if inference == "map" else "this prompt, averaged over 8 draws")
