@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import PriorCallback, suffix, weight_at
@@ -316,10 +317,16 @@ class _Inferring(TrainerCallback):
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The last checkpoint that was written to its end (`trainer_state.json` comes last), or None."""
-    paths = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    whole = [path for path in paths if (path / "trainer_state.json").is_file() and path.name.split("-")[-1].isdigit()]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+    """The last checkpoint that was written to its end (`trainer_state.json` comes last), or None.
+
+    By time, as those of an earlier run in the folder may have higher steps; by step where all are of one second.
+    """
+    paths = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    states = {path: path / TRAINER_STATE_NAME for path in paths}
+    times = {path: state.stat().st_mtime for path, state in states.items() if state.is_file()}
+    told = bool(times) and max(times.values()) - min(times.values()) >= 1
+    order = sorted(times, key=lambda path: (times[path] if told else 0, int(path.name.split("-")[-1])))
+    return str(order[-1]) if order else None
 
 
 def _learning_rate(model: PriorPeftModel, name: str) -> float:

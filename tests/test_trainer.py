@@ -403,6 +403,19 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
         make_trainer(tmp_path / "elsewhere").train(resume_from_checkpoint=True)
 
 
+def test_a_later_run_in_one_folder_goes_on_from_its_own_checkpoints(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    states = [tmp_path / f"checkpoint-{step}" / "trainer_state.json" for step in (2, 4)]
+    for state, seconds in zip(states, (1000, 2000), strict=True):
+        os.utime(state, (seconds, seconds))
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
+    make_trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-3"
+    for state in tmp_path.glob("*/trainer_state.json"):  # as in a copy that keeps no times
+        os.utime(state, (3000, 3000))
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
     other = make_trainer(tmp_path, config={"num_virtual_tokens": 7}, save_strategy="steps", save_steps=4)

@@ -187,6 +187,7 @@ def _entry(member: Member, tokens: dict[str, Any], geometry: dict[str, Any]) -> 
     return {
         "name": source.name,
         "source": Path(source.path).resolve().name if Path(source.path).is_dir() else source.path,
+        "sha256": source.sha256,
         "tuning": config.tuning,
         "prior": prior_family(member.priors[0]),
         "prior_source": "adapter" if source.has_prior else "fitted for the analysis",

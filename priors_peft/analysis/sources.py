@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import PriorConfig
 from ..fitting import new_encoder
-from ..hub.adapter import ADAPTER_CONFIG, PRIOR_CONFIG, SavedAdapter, read_adapter
-from ..hub.reading import fetch_file, read_json
+from ..hub.adapter import ADAPTER_CONFIG, PRIOR_CONFIG, PRIOR_WEIGHTS, SavedAdapter, read_adapter
+from ..hub.reading import fetch_file, hash_of, read_json
 from ..priors import Prior
 from ..snapshots import SNAPSHOTS, read_snapshots
 
@@ -34,6 +34,7 @@ class Source:
         path: Where it was read from.
         saved: What it holds.
         has_prior: False for a stock PEFT prompt, whose prior and start nobody knows.
+        sha256: Of its `prior.safetensors`; None for a stock prompt.
         steps: Training step of each snapshot, the last the prompt's own; None where it is not known.
         trajectory: The snapshots, shape `[T, S, P, d]`; the prompt alone where there are none.
     """
@@ -42,6 +43,7 @@ class Source:
     path: str
     saved: SavedAdapter
     has_prior: bool
+    sha256: str | None
     steps: list[int | None]
     trajectory: Tensor
 
@@ -114,7 +116,8 @@ def unique_names(adapters: list[str]) -> list[str]:
 
 
 def _read(path: str, name: str) -> Source:
-    has_prior = fetch_file(path, PRIOR_CONFIG, {}) is not None
+    described = fetch_file(path, PRIOR_CONFIG, {})
+    has_prior = described is not None
     stock = fetch_file(path, ADAPTER_CONFIG, {})
     if not has_prior and stock is not None and read_json(stock).get("peft_type") == "PREFIX_TUNING":
         raise ValueError(
@@ -124,7 +127,8 @@ def _read(path: str, name: str) -> Source:
         )
     saved = read_adapter(path)
     steps, trajectory = _trajectory(path, name, saved.prompt)
-    return Source(name, path, saved, has_prior, steps, trajectory)
+    sha256 = None if described is None else hash_of(read_json(described), PRIOR_WEIGHTS)
+    return Source(name, path, saved, has_prior, sha256, steps, trajectory)
 
 
 def _trajectory(path: str, name: str, prompt: Tensor) -> tuple[list[int | None], Tensor]:

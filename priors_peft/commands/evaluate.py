@@ -8,8 +8,9 @@ from ..calibration import Calibration
 from ..choices import metrics_by_likelihood
 from ..evaluation import answer, best_device
 from ..files import write_json
-from ..hub.adapter import read_adapter, read_task
+from ..hub.adapter import PRIOR_CONFIG, PRIOR_WEIGHTS, read_adapter, read_task
 from ..hub.card import EVALUATION, write_card
+from ..hub.reading import fetch_file, hash_of, read_json
 from ..model import PriorPeftModel
 from ..tasks import Task
 from .arguments import ModelArguments, TaskArguments, parse, parse_object
@@ -89,9 +90,11 @@ def _keep(
         return
     if (read_task(adapter) or {}).get("task", task.name) != task.name:
         return
+    described = fetch_file(adapter, PRIOR_CONFIG, {})
     names = {name: "this prompt" if name == adapter else name for name in figures}
     found = {
         "task": task.name,
+        "sha256": None if described is None else hash_of(read_json(described), PRIOR_WEIGHTS),
         "num_rows": len(task.eval),
         "figures": {names[name]: of for name, of in figures.items()},
         "calibration": {names[name]: of.to_dict() for name, of in calibrations.items()},

@@ -19,7 +19,7 @@ from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family,
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
 from ..sharding import as_forward, shape, whole_state
-from .reading import check_sound, fetch_file, read_json, read_tensors, required
+from .reading import check_sound, fetch_file, hash_of, read_json, read_tensors, required
 
 
 if TYPE_CHECKING:
@@ -283,9 +283,8 @@ def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, An
 
 
 def _check_hashes(described: dict[str, Any], *paths: Path) -> None:
-    hashes = described.get("sha256")
     for path in paths:
-        if not isinstance(hashes, dict) or hashes.get(path.name) != sha256(path):
+        if hash_of(described, path.name) != sha256(path):
             raise ValueError(
                 f"{path} is damaged or was changed after it was saved (its SHA-256 is not the one in {PRIOR_CONFIG}). "
                 f"Fetch it again; to use {ADAPTER_WEIGHTS} as it is, delete {PRIOR_CONFIG} and {PRIOR_WEIGHTS}"

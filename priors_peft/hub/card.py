@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_path
-from .adapter import ADAPTER_CONFIG, PRIOR_CONFIG, TASK_FILE, read_json
+from .adapter import ADAPTER_CONFIG, PRIOR_CONFIG, PRIOR_WEIGHTS, TASK_FILE, read_json
 from .base_model import BUNDLED
 from .facts import TrainingFacts, public_name, read_facts
 from .markdown import plain, scrub, slug
+from .reading import hash_of
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Facts:
         adapters: By name: its subfolder ("" at the root), `adapter_config.json` and `prior_config.json` (empty if stock).
         training: From `training.json`.
         task: From `task.json`; empty if nothing is said.
-        evaluation: From `evaluation.json`, what `priors-peft evaluate` measured; empty if it did not.
+        evaluation: From `evaluation.json`, what `priors-peft evaluate` measured; empty if it did not, or of another prompt.
         analysis: From `analysis.json`; empty if there is none.
         pictures: Names of PNG files at the root.
         repo_id: Where the folder is on the Hub.
@@ -63,6 +64,11 @@ class Facts:
         return self.adapters[self.name][2]
 
     @property
+    def sha256(self) -> str | None:
+        """Of its `prior.safetensors`; None for a stock adapter."""
+        return hash_of(self.described, PRIOR_WEIGHTS)
+
+    @property
     def config(self) -> dict[str, Any]:
         """Its `PriorConfig`; empty for a stock adapter."""
         return self.described.get("config", {})
@@ -91,12 +97,13 @@ def read_folder(folder: str | os.PathLike, repo_id: str | None = None) -> Facts:
     # A checkpoint is of the same task as the run it lies in.
     places = [folder, folder.resolve().parent] if folder.resolve().name.startswith("checkpoint-") else [folder]
     task = next((place / TASK_FILE for place in places if (place / TASK_FILE).is_file()), None)
+    evaluation, own = _read(folder / EVALUATION), adapters.get("default", ("", {}, {}))[2]
     return Facts(
         folder,
         adapters,
         training,
         task=read_json(task) if task else {},
-        evaluation=_read(folder / EVALUATION),
+        evaluation=evaluation if evaluation.get("sha256") in (None, hash_of(own, PRIOR_WEIGHTS)) else {},
         analysis=_read(folder / ANALYSIS),
         pictures=sorted(path.name for path in folder.glob("*.png")),
         repo_id=repo_id or training.repo_id,

@@ -129,7 +129,9 @@ def _runs(facts: "Facts") -> str | None:
 def _analysed_adapter(facts: "Facts") -> dict[str, Any] | None:
     adapters = facts.analysis.get("adapters") or []
     names = {facts.folder.resolve().name, facts.repo_id, facts.name}
-    return next((one for one in adapters if len(adapters) == 1 or {one["name"], one["source"]} & names), None)
+    found = next((one for one in adapters if len(adapters) == 1 or {one["name"], one["source"]} & names), None)
+    # A prompt that was there before may have been analysed.
+    return found if found is not None and found.get("sha256") in (None, facts.sha256) else None
 
 
 def analysis(facts: "Facts") -> str | None:

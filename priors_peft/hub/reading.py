@@ -105,6 +105,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def hash_of(described: dict[str, Any], filename: str) -> str | None:
+    """SHA-256 that a `prior_config.json` tells of a file beside it; None if it tells none."""
+    hashes = described.get("sha256")
+    return hashes.get(filename) if isinstance(hashes, dict) else None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; the format's own reader holds declared shapes against the file's size.
 

@@ -365,6 +365,19 @@ def test_the_analysis_that_lies_there_is_told(adapter):
     assert "On 6 rows of the analysis" in text and "| no prompt |" in text
 
 
+def test_what_was_measured_of_another_prompt_in_the_folder_is_not_told(adapter):
+    rows = adapter.parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in addition_rows(40)))
+    base, tokenizer = make_model(), make_tokenizer()
+    write_json(adapter / ANALYSIS, analyze([str(adapter)], base, tokenizer, num_draws=19, progress=False))
+    assert main(["evaluate", str(adapter), "--train_file", str(rows), "--num_eval", "8"]) == 0
+    assert "| no prompt |" in body(adapter) and "19 random prompts" in body(adapter)
+    train(make_base(adapter.parent), adapter, "--prior", "gaussian")
+    assert "| no prompt |" not in body(adapter) and "19 random prompts" not in body(adapter)
+    loss = read_facts(adapter).results["default"]["loss"]
+    assert figures(ModelCard.load(adapter / CARD))["nll"] == pytest.approx(loss, abs=1e-5)
+
+
 def test_runs_trained_together_are_told_with_their_spread(tmp_path, hub):
     tokenizer = make_tokenizer()
     model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4), tokenizer=tokenizer, adapter_name="s0")
