@@ -92,6 +92,11 @@ def count_supervised_tokens(dataset: Dataset) -> int:
     return sum(len(row) - row.count(IGNORED) for row in dataset.with_format(None)["labels"])
 
 
+def model_inputs(row: dict[str, Any]) -> dict[str, Any]:
+    """What a collator takes of a tokenized row."""
+    return {name: row[name] for name in ("input_ids", "attention_mask", "labels") if name in row}
+
+
 def prompts_of(
     input_ids: list[list[int]], attention_mask: list[list[int]], labels: list[list[int]]
 ) -> list[list[int]]:

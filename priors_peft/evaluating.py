@@ -54,11 +54,11 @@ class LikelihoodTrainer(HubTrainer):
             with self.model.cached_prompt():
                 for name in self.adapter_names:
                     self.model.active_adapter = name
-                    with nullcontext() if self._at_mean else self.model.averaged(self.args.posterior_draws):
+                    with nullcontext() if self._is_unaveraged else self.model.averaged(self.args.posterior_draws):
                         output = super().evaluation_loop(
                             dataloader, description, False, ignore_keys, metric_key_prefix
                         )
-                    label = ", ".join(filter(None, [name, "at its mean" if self._at_mean else "", part]))
+                    label = ", ".join(filter(None, [f"{name} alone" if self._is_unaveraged else name, part]))
                     self.calibrations[label] = calibration_of(torch.from_numpy(output.predictions[2]).sum(0))
                     for key, value in output.metrics.items():
                         figures[key + suffix(name, self.adapter_names)] = value

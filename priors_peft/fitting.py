@@ -198,9 +198,11 @@ def _trained(settings: dict[str, Any], layers: list[int], config: PriorConfig) -
     provenance = [Provenance.of("adapters", layer, part) for layer, part in zip(layers, stacked, strict=True)]
     # Families of single vectors take all virtual tokens of all prompts; the empirical one takes prompts, or posteriors.
     if config.prior == "empirical" and any(one.posterior for one in saved):
-        variances = torch.stack([one.encoder().variance() for one in saved], dim=1)
+        encoders = [one.encoder() for one in saved]
+        means = torch.stack([encoder.mean().detach() for encoder in encoders], dim=1)
+        variances = torch.stack([encoder.variance() for encoder in encoders], dim=1)
         priors = zip(*(one.priors for one in saved), strict=True)
-        return list(map(TaskPosteriors, priors, stacked, variances)), provenance
+        return list(map(TaskPosteriors, priors, means, variances)), provenance
     return stacked if config.prior == "empirical" else stacked.flatten(1, 2), provenance
 
 

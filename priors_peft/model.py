@@ -360,7 +360,7 @@ class PriorPeftModel(AdapterModel):
             if self._averaged is not None:
                 raise ValueError(
                     f"draws can't be averaged in generation by {type(base).__name__}, whose prompt leaves no key/value "
-                    "cache: call generate outside of averaged, for the posterior's mean"
+                    "cache: call generate outside of averaged, for the one prompt that stands for the posterior"
                 )
         elif self._averaged is None:
             caches = [self._state(self.active_adapter, prompt).cache]

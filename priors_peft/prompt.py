@@ -24,6 +24,7 @@ class PriorPromptEncoder(BasePromptEncoder):
 
     Attributes:
         coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32.
+        point: z of the prompt that stands for the posterior, shape `[S, P, d]`; None where that is the coordinate, its mean.
         initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
         is_particle: Whether it stands, with others, for the posterior of another prompt, and goes when training ends.
         free_scale: Whether the scale of the priors is found with the posterior, by the evidence.
@@ -33,6 +34,7 @@ class PriorPromptEncoder(BasePromptEncoder):
 
     priors: Any
     initial_prompt: Tensor
+    point: Tensor | None
     posterior: Any
 
     def __init__(
@@ -44,6 +46,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         self.register_buffer("initial_prompt", prompt.detach().float().clone())
         self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
         self.posterior = posterior
+        self.register_buffer("point", None)
         self.free_scale = self.is_particle = False
 
     def forward(self, drawn: bool = False, weighted: bool = True) -> Any:
@@ -56,11 +59,17 @@ class PriorPromptEncoder(BasePromptEncoder):
         """
         # Both in the module's own forward: sharded training has gathered its parameters here only.
         if drawn:
+            if torch.is_grad_enabled():
+                self.point = None  # chosen of a posterior that now changes
             prompt = self.samples(1)[0] if self.is_variational else self._prompt()
             return prompt, self._log_prior(prompt) if weighted else None
         return self._prompt()
 
     def _prompt(self) -> Tensor:
+        return self.mean() if self.point is None else self._to_prompt(self.point)
+
+    def mean(self) -> Tensor:
+        """θ at the coordinate, shape `[S, P, d]`: of a posterior in whitened coordinates its mean."""
         coordinate = whole(self.coordinate).float()
         if self.coordinates == "plain":
             # Not the parameter itself: sharded training frees that as soon as this module has run.
@@ -79,6 +88,8 @@ class PriorPromptEncoder(BasePromptEncoder):
             prior.scaled(factor) for prior, factor in zip(self.priors, factors.tolist(), strict=True)
         )
         self.coordinate.div_(factors[:, None, None])
+        if self.point is not None:
+            self.point.div_(factors[:, None, None])
         if self.posterior is not None:
             self.posterior.scale_by(1 / factors[:, None, None])
 
@@ -126,6 +137,7 @@ class PriorPromptEncoder(BasePromptEncoder):
     @torch.no_grad()
     def set_prompt(self, prompt: Tensor) -> None:
         """Move the parameter to where θ equals `prompt` `[S, P, d]`, in place, so that optimizers keep it."""
+        self.point = None
         self.coordinate.copy_(self._from_prompt(prompt.to(self.coordinate)))
 
     def _to_prompt(self, coordinate: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .evaluating import LikelihoodTrainer
 from .files import check_writable
 from .inference.base import inference_from
 from .inference.map import choose_weight
+from .inference.point import choose_point
 from .model import PriorPeftModel
 from .sharding import share
 from .tracking import TrackingCallback
@@ -190,7 +191,7 @@ class PriorTrainer(LikelihoodTrainer):
             share(self.model.prompt_encoder[other], self.args.device)
         for encoder in map(self.model.prompt_encoder.__getitem__, self.adapter_names):
             if not encoder.is_variational:
-                encoder.posterior = None
+                encoder.posterior = encoder.point = None
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Trainer looks for the end after a step only: a run that is resumed from its last step would take one more.
@@ -314,6 +315,8 @@ class _Inferring(TrainerCallback):
 
     def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
         self._trainer.inference.finish(self._trainer)
+        for name in self._trainer.adapter_names:
+            choose_point(self._trainer, name)
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

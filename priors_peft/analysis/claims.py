@@ -176,7 +176,7 @@ def posterior(adapter: Part) -> str | None:
     kl = f"; KL(q ‖ p) {number(found['kl'])} nats" if found["kl"] is not None else ""
     return (
         f"posterior {number(found['deviation'], 2)} times as wide as the prior{begun}, {percent(1 - found['determined'])} of "
-        f"its variance; draws keep the mean's nearest tokens {percent(_agreed([found]))} of the time{kl}"
+        f"its variance; draws keep the prompt's nearest tokens {percent(_agreed([found]))} of the time{kl}"
     )
 
 
@@ -194,7 +194,7 @@ def posterior_title(adapters: Sequence[Part]) -> str | None:
     low, high = (number(pick(each["deviation"] for each in found), 2) for pick in (min, max))
     return (
         f"Posteriors of {len(found)} prompts are {low if low == high else f'{low} to {high}'} times as wide as their priors; "
-        f"draws keep their means' nearest tokens {percent(_agreed(found))} of the time"
+        f"draws keep the nearest tokens of the prompts that stand for them {percent(_agreed(found))} of the time"
     )
 
 

@@ -45,10 +45,10 @@ def posterior_spread(variance: Tensor) -> PosteriorSpread:
 def nearest_agreement(
     nearest: Tensor, draws: Tensor, vocabulary: Tensor, metric: str = "cosine", excluded: Any = None
 ) -> Tensor:
-    """Share of draws whose virtual token has the same nearest token as the mean's.
+    """Share of draws whose virtual token has the same nearest token as the prompt's.
 
     Args:
-        nearest: Ids of the mean's nearest tokens, shape `[P]`.
+        nearest: Ids of the prompt's nearest tokens, shape `[P]`.
         draws: Prompts, shape `[n, P, d]`.
         vocabulary: Shape `[V, d]`.
         metric: As in `tokens.nearest_tokens`.

@@ -58,5 +58,5 @@ def main(arguments: list[str]) -> None:
     base = model_arguments.model or saved.config.base_model_name_or_path
     if args.to == "prompt-embeds" and base == BUNDLED:
         base = resolve_base_model(base)
-    of_posterior = ", the posterior's mean: its spread stays with the adapter" if saved.posterior else ""
+    of_posterior = ", one prompt of a posterior, whose spread stays with the adapter" if saved.posterior else ""
     print(f"Wrote {out}{of_posterior}. To use it:\n\n{_NEXT[args.to].format(out=str(out), base=base)}")

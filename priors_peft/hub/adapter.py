@@ -166,6 +166,7 @@ class SavedAdapter:
         initial_prompt: θ before training, shape `[S, P, d]`.
         coordinate: The trained parameter, or None if it must be derived from θ.
         posterior: `state_dict()` of the posterior about it; empty where it is a point.
+        point: z of the prompt that stands for the posterior, or None where that is its mean.
     """
 
     config: PriorConfig
@@ -175,6 +176,7 @@ class SavedAdapter:
     initial_prompt: Tensor
     coordinate: Tensor | None = None
     posterior: dict[str, Tensor] = field(default_factory=dict)
+    point: Tensor | None = None
 
     def encoder(self) -> PriorPromptEncoder:
         """A prompt encoder in the saved state, exactly."""
@@ -185,6 +187,7 @@ class SavedAdapter:
         else:
             with torch.no_grad():
                 encoder.coordinate.copy_(self.coordinate)
+        encoder.point = self.point
         return encoder
 
     def restore(self, encoder: PriorPromptEncoder, config: PriorConfig) -> None:
@@ -204,6 +207,7 @@ class SavedAdapter:
             )
         if not encoder.is_variational:
             encoder.posterior = saved.posterior  # of as many draws as there were by then
+        encoder.point = saved.point
         encoder.load_state_dict(saved.state_dict())
 
     def check_fits(self, model: Any) -> None:
@@ -270,10 +274,12 @@ def read_adapter(
     except _MISMATCHES as error:
         raise ValueError(f"{prior_path} and {prior_config} must belong together, got: {error}") from error
     prompt, initial_prompt = state["prompt"], state["initial_prompt"]
-    if saved.coordinates != coordinates:
-        return SavedAdapter(saved, provenance, priors, prompt, initial_prompt)
-    posterior = _posterior(state) if saved.inference == inference else {}  # another algorithm finds its own
-    return SavedAdapter(saved, provenance, priors, prompt, initial_prompt, state["coordinate"], posterior)
+    found = SavedAdapter(saved, provenance, priors, prompt, initial_prompt)
+    if saved.coordinates == coordinates and saved.inference == inference:
+        found.coordinate, found.posterior, found.point = state["coordinate"], _posterior(state), state.get("point")
+    elif saved.coordinates == coordinates:  # another algorithm finds its own posterior
+        found.coordinate = state.get("point", state["coordinate"])
+    return found
 
 
 def read_task(model_id: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:
@@ -294,7 +300,7 @@ def _check_hashes(described: dict[str, Any], *paths: Path) -> None:
 def _checked_priors(family: str, config: PriorConfig, state: dict[str, Tensor]) -> list[Prior]:
     """The prior of each layer, once it is known that all tensors agree with each other and with the configuration."""
     expected = (len(state["prompt"]), config.num_virtual_tokens, config.token_dim)
-    for name in ("prompt", "coordinate", "initial_prompt"):
+    for name in {"prompt", "coordinate", "initial_prompt"} | {"point"} & state.keys():
         if tuple(state[name].shape) != expected:
             raise ValueError(f"{name} must have shape {expected}, got {tuple(state[name].shape)}")
     if config.num_layers is not None and len(config.selected_layers(config.num_layers)) != expected[0]:
@@ -305,7 +311,8 @@ def _checked_priors(family: str, config: PriorConfig, state: dict[str, Tensor]) 
         drawn = posterior.sample(state["coordinate"], 1)
         if tuple(drawn.shape) != (1, *expected) or not torch.isfinite(drawn).all():
             raise ValueError(f"the posterior must give finite prompts of shape {expected}, got {tuple(drawn.shape)}")
-    for prior, prompt, values in zip(priors, state["prompt"], state["coordinate"], strict=True):
+    held = state.get("point", state["coordinate"])
+    for prior, prompt, values in zip(priors, state["prompt"], held, strict=True):
         if not torch.isfinite(torch.cat([prompt, prior.to_prompt(values)])).all():
             raise ValueError(f"the prompt and its prior must be finite, got inf or nan ({family})")
     return priors

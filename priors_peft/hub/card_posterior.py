@@ -23,9 +23,9 @@ def label(facts: "Facts", name: str) -> str:
     if name.startswith("averaged over "):
         name = f"this prompt, {name}"
     if name == "this prompt" and has_posterior(facts):
-        name = "this prompt, at its mean"
+        name = "this prompt alone"
     own, comma, part = name.partition(", ")
-    if own in facts.training.results and facts.training.posterior_draws and not part.startswith("at its mean"):
+    if own in facts.training.results and facts.training.posterior_draws:
         name = f"{own}, averaged over {plural(facts.training.posterior_draws, 'draw')}{comma}{part}"
     return name.replace("default", "this prompt", 1) if name.startswith("default") else name
 
@@ -36,7 +36,7 @@ def calibrations(facts: "Facts") -> dict[str, dict[str, Any]]:
     order = ["no prompt", "this prompt", *(name for name in found if name.startswith("averaged over "))]
     if not found:
         found = facts.training.calibration
-        order = sorted(found, key=lambda name: ("at its mean" not in name, name))
+        order = sorted(found, key=lambda name: (" alone" not in name, name))
     return {label(facts, name): found[name] for name in order if name in found}
 
 

@@ -58,7 +58,7 @@ def results(facts: "Facts") -> str | None:
     evaluated = bool(rows)
     if not rows:
         rows = {f"{name}, before training": one for name, one in training.initial_results.items()}
-        rows |= {f"{name}, at its mean": one for name, one in training.mean_results.items()} | training.results
+        rows |= {f"{name} alone": one for name, one in training.mean_results.items()} | training.results
     parts = []
     if rows:
         found = dict.fromkeys(metric for figures in rows.values() for metric in figures)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # The formats, and which of them hold deep prompts: those keep a state of every layer.
 FORMATS = {"peft": True, "prefix": True, "checkpoint": False, "prompt-embeds": False}
 # What a safetensors file of ours says of a prompt that is more than a point.
-_MEAN = {"posterior": "mean"}
 
 
 def export_adapter(
@@ -36,7 +35,7 @@ def export_adapter(
     trust_remote_code: bool = False,
     **hub_arguments: Any,
 ) -> Path:
-    """Write a prompt for another tool; docs/exports.md says which tool reads what. Of a posterior its mean is written.
+    """Write a prompt for another tool; docs/exports.md says which tool reads what. Of a posterior the one prompt that stands for it is written.
 
     Args:
         adapter: A local folder or a Hub id.
@@ -100,8 +99,8 @@ def _write_prefix(out: Path, adapter: str | os.PathLike, base_model: str | None,
     with atomic_folder(out) as folder:
         tuned, _ = load_tuned(adapter, base_model, **options)
         config, weights = stock_adapter(tuned, tuned.active_adapter, as_prefix=True)
-        point = tuned.prompt_encoder[tuned.active_adapter].posterior is None
-        about = {"format": "pt"} | ({} if point else _MEAN)
+        encoder = tuned.prompt_encoder[tuned.active_adapter]
+        about = {"format": "pt"} | _posterior(encoder.posterior is not None, encoder.point)
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata=about)
         write_json(folder / ADAPTER_CONFIG, config)
 
@@ -113,8 +112,13 @@ def _write_embeddings(out: Path, saved: SavedAdapter) -> None:
         raise FileExistsError(f"out must not exist, got {str(out)!r}, where something is")
     if out.suffix != ".safetensors":
         raise ValueError(f"out must be a file that ends in .safetensors for prompt-embeds, got {str(out)!r}")
-    about = {"num_virtual_tokens": str(saved.prompt.shape[1])} | (_MEAN if saved.posterior else {})
+    about = {"num_virtual_tokens": str(saved.prompt.shape[1])} | _posterior(bool(saved.posterior), saved.point)
     if saved.config.base_model_name_or_path:
         about["base_model"] = saved.config.base_model_name_or_path
     with atomic_path(out) as path:
         save_file({"prompt_embeds": saved.prompt[0].contiguous()}, path, metadata={"format": "pt", **about})
+
+
+def _posterior(exists: bool, point: Any) -> dict[str, str]:
+    """Which prompt of a posterior is written."""
+    return {"posterior": "mean" if point is None else "draw"} if exists else {}

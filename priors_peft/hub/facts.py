@@ -70,9 +70,9 @@ class TrainingFacts:
         results: Figures of each prompt on the evaluation rows; `loss` is in nats per answer token.
         initial_results: The same of the prompt before training.
         posterior_draws: Prompts drawn from the posterior that `results` average; None where it is a point.
-        mean_results: Of each prompt with a posterior, `loss` and `ece` at its mean.
-        calibration: What each `ece` is of, see `calibration.Calibration`, by the prompt's name, or `NAME, at its
-            mean`; of several evaluation sets with `, PART` after it.
+        mean_results: Of each prompt with a posterior, `loss` and `ece` of the one that stands for it.
+        calibration: What each `ece` is of, see `calibration.Calibration`, by the prompt's name, or `NAME alone`
+            without averaging; of several evaluation sets with `, PART` after it.
         datasets: Hub ids of the training data.
         recipe: What `priors-peft train` was given, flag by flag.
         repo_id: Where it was pushed to last.

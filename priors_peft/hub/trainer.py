@@ -54,7 +54,7 @@ class HubTrainer(Trainer):
     calibrations: dict[str, Calibration] = {}
     hub_model_id: str | None = None
     _evaluated: tuple[int, dict[str, float], dict[str, Calibration], dict[str, dict[str, float]]] | None = None
-    _at_mean = False
+    _is_unaveraged = False
     _before: dict[str, float] | None = None
     _saved = False
 
@@ -73,30 +73,30 @@ class HubTrainer(Trainer):
             self.calibrations = {}
         figures = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None and not self.is_in_train:
-            calibrations, means = self.calibrations, self._at_means()
+            calibrations, means = self.calibrations, self._unaveraged()
             self.calibrations = calibrations | self.calibrations
             self._evaluated = self.state.global_step, figures, self.calibrations, means
             if self._saved and self.is_world_process_zero():
                 self._try_card(Path(self.args.output_dir))
         return figures
 
-    def _at_means(self) -> dict[str, dict[str, float]]:
-        """Evaluate prompts with a posterior at its mean, which is what the stock adapter holds; nothing is logged."""
+    def _unaveraged(self) -> dict[str, dict[str, float]]:
+        """Evaluate prompts with a posterior without averaging, as the stock adapter predicts; nothing is logged."""
         names, metrics, callbacks = self.adapter_names, self.compute_metrics, self.callback_handler.callbacks
         spread = [name for name in names if self.model.prompt_encoder[name].posterior is not None]
         parts = self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]
         figures: dict[str, float] = {}
         self.adapter_names, self.compute_metrics, self.callback_handler.callbacks = spread, None, []
-        self._at_mean = True
+        self._is_unaveraged = True
         try:
             for part in parts if spread else []:
                 prefix = "eval" if part is None else f"eval_{part}"
                 loader = self.get_eval_dataloader(part)
-                figures |= self.evaluation_loop(loader, "Evaluation at the mean", metric_key_prefix=prefix).metrics
+                figures |= self.evaluation_loop(loader, "Evaluation of the adapter alone", metric_key_prefix=prefix).metrics
             return by_prompt(figures, spread)
         finally:
             self.adapter_names, self.compute_metrics, self.callback_handler.callbacks = names, metrics, callbacks
-            self._at_mean = False
+            self._is_unaveraged = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s, but that only the prompt is gathered where the model is sharded; every process calls this."""

@@ -60,7 +60,7 @@ class Inference:
 def inference_names() -> list[str]:
     """The names `PriorConfig(inference=...)` takes."""
     modules = pkgutil.iter_modules(importlib.import_module(__package__).__path__)
-    return sorted(module.name for module in modules if module.name not in ("base", "posterior", "predictive"))
+    return sorted(module.name for module in modules if module.name not in ("base", "point", "posterior", "predictive"))
 
 
 def inference_from(name: str, settings: dict[str, Any]) -> Inference:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data import model_inputs
 from ..head import logits_of, supervised_nll
 from .base import Inference
 from .posterior import DirectionalPosterior
@@ -116,7 +117,7 @@ def fisher_gradients(trainer: "PriorTrainer", count: int) -> Tensor:
     try:
         for batch in tqdm(batches, "Curvature", leave=False, delay=2):
             inputs: dict[str, Any] = trainer._prepare_inputs(
-                trainer.data_collator([_inputs(rows[row]) for row in batch])
+                trainer.data_collator([model_inputs(rows[row]) for row in batch])
             )
             states, asked = model.predicting_states(
                 inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]
@@ -140,7 +141,3 @@ def _drawn_answers(probabilities: Tensor, count: int, seed: int) -> tuple[Tensor
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.multinomial(probabilities, count, replacement=True, generator=generator).mT
     return tokens, torch.randint(2, tokens.shape, generator=generator) * 2.0 - 1
-
-
-def _inputs(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("input_ids", "attention_mask", "labels") if name in row}

@@ -57,7 +57,7 @@ def predict(
         model: The tuned model.
         tokenizer: Its tokenizer.
         dataset: Rows with `prompt` and `completion`.
-        count: Number of draws, all in one pass over each batch; 1 takes the posterior's mean.
+        count: Number of draws, all in one pass over each batch; 1 takes the prompt that stands for the posterior.
         batch_size: Rows a batch.
         seed: Of the draws.
 

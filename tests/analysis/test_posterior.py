@@ -161,7 +161,7 @@ def test_pictures_say_how_wide_posteriors_are(count, parts):
     title = figure._suptitle.get_text().replace("\n", " ")
     if count == 1:
         assert (
-            "posterior 0.2 times as wide as the prior, 10 % of its variance; draws keep the mean's nearest tokens 50 %"
+            "posterior 0.2 times as wide as the prior, 10 % of its variance; draws keep the prompt's nearest tokens 50 %"
             in title
         )
     else:

@@ -34,12 +34,12 @@ def test_a_trained_posteriors_card_has_its_mean_beside_the_average(variational):
     card, facts = (variational / CARD).read_text(), read_facts(variational)
     (average,), (mean,) = facts.results.values(), facts.mean_results.values()
     assert average["loss"] != mean["loss"] and facts.posterior_draws == 3
-    for name, figures in (("this prompt, at its mean", mean), ("this prompt, averaged over 3 draws", average)):
+    for name, figures in (("this prompt alone", mean), ("this prompt, averaged over 3 draws", average)):
         assert row(card, name)[:2] == [f"{figures['loss']:.4g}", f"{figures['ece']:.4g}".rstrip("0")]
     assert "a Gaussian with a variance for each coordinate (variational inference)" in card
     assert "![How often the likeliest token is right, by its probability](reliability.png)" in card
     assert (variational / "reliability.png").read_bytes().startswith(b"\x89PNG")
-    assert facts.calibration.keys() == {"default", "default, at its mean"}
+    assert facts.calibration.keys() == {"default", "default alone"}
     assert "1 is Bayes' rule, less is colder" in card and "posterior's mode" not in card
     measured = {result.metric_type: result.metric_name for result in ModelCard(card).data.eval_results}
     assert measured["nll"] == "NLL (nats per answer token), averaged over 3 draws"
@@ -58,7 +58,7 @@ def test_evaluate_measures_what_training_did(variational, place, capsys):
         assert kept["figures"][name]["ece"] == pytest.approx(trained["default"]["ece"], abs=1e-4)
         assert kept["calibration"][name]["error"] == kept["figures"][name]["ece"]
     card = (variational / CARD).read_text()
-    for name in ("no prompt", "this prompt, at its mean", "this prompt, averaged over 3 draws"):
+    for name in ("no prompt", "this prompt alone", "this prompt, averaged over 3 draws"):
         assert row(card, name)
 
 
@@ -86,10 +86,10 @@ def test_what_was_drawn_is_said(tmp_path, inference, settings, told):
     assert read_facts(tmp_path).calibration == {} and "reliability.png" not in (tmp_path / CARD).read_text()
     trainer.evaluate()
     card = (tmp_path / CARD).read_text()
-    assert read_facts(tmp_path).calibration.keys() == {"default"} | ({"default, at its mean"} if told else set())
+    assert read_facts(tmp_path).calibration.keys() == {"default"} | ({"default alone"} if told else set())
     assert "![How often" in card and "ECE" in card
     assert (told is None) == ("The posterior is" not in card) and (told or "") in card
-    assert (told is None) == ("at its mean" not in card)
+    assert (told is None) == ("this prompt alone" not in card)
 
 
 def make_trainer(folder, eval_rows=4, inference="variational", **settings):
@@ -112,7 +112,7 @@ def test_the_mean_is_measured_as_the_average_is_in_what_precision_whatever_and_b
         own = trainer.prediction_step
         patch.setattr(trainer, "prediction_step", lambda *given, **named: loops.append(0) or own(*given, **named))
         trainer.evaluate()
-        assert len(loops) == 2  # its part of the rows, averaged and at the mean
+        assert len(loops) == 2  # its part of the rows, averaged and alone
     trainer.evaluate()
     (mean,) = read_facts(tmp_path).mean_results.values()
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -127,10 +127,10 @@ def test_each_of_several_evaluation_sets_has_its_own_calibration(tmp_path, infer
     trainer.train()
     trainer.save_model()
     trainer.evaluate()
-    facts, names = read_facts(tmp_path), ["default"] + ["default, at its mean"] * (inference != "map")
+    facts, names = read_facts(tmp_path), ["default"] + ["default alone"] * (inference != "map")
     assert facts.calibration.keys() == {f"{name}, {part}" for name in names for part in ("one", "two")}
     for name in names:
-        figures = (facts.mean_results if "mean" in name else facts.results)["default"]
+        figures = (facts.mean_results if "alone" in name else facts.results)["default"]
         for part in ("one", "two"):
             found = facts.calibration[f"{name}, {part}"]
             assert found["error"] == figures[f"{part}_ece"] and sum(found["counts"]) == 2 * {"one": 3, "two": 7}[part]

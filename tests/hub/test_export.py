@@ -503,23 +503,31 @@ def test_the_command_writes_and_says_how_to_use_it(case, capsys):
     assert "ADAPTER, OUT must be given" in capsys.readouterr().err
 
 
-def test_exports_hold_a_posteriors_mean_and_say_so(tmp_path, capsys):
+@pytest.mark.parametrize("held", ["mean", "draw"])
+def test_exports_hold_one_prompt_of_a_posterior_and_say_which(tmp_path, held, capsys):
     save_base(tmp_path / "base")
     wide = {"inference": "variational", "inference_kwargs": {"initial_scale": 1.0}}
     model = save_adapter(tmp_path / "adapter", tmp_path / "base", **wide)
+    if held == "draw":
+        encoder = model.prompt_encoder["default"]
+        encoder.point = encoder.posterior.sample(encoder.coordinate, 1, torch.Generator().manual_seed(9))[0].detach()
+        model.save_pretrained(tmp_path / "adapter")
     outs = {to: tmp_path / to / "prompt.safetensors" if to == "prompt-embeds" else tmp_path / to for to in FORMATS}
     for to, out in outs.items():
         assert main(["export", str(tmp_path / "adapter"), "--to", to, str(out)]) == 0
-        assert f"Wrote {out}, the posterior's mean: its spread stays with the adapter" in capsys.readouterr().out
-    mean, ids = model.prompt("default").theta.detach(), torch.tensor([[5, 20, 31]])
-    assert not torch.allclose(model.posterior_samples(1)[0], mean, atol=0.01)
-    assert torch.equal(load_file(outs["peft"] / "adapter_model.safetensors")["prompt_embeddings"], mean[0])
+        assert (
+            f"Wrote {out}, one prompt of a posterior, whose spread stays with the adapter" in capsys.readouterr().out
+        )
+    prompt, ids = model.prompt("default").theta.detach(), torch.tensor([[5, 20, 31]])
+    assert not torch.allclose(model.posterior_samples(1)[0], prompt, atol=0.01)
+    assert torch.equal(prompt, model.prompt_encoder["default"].mean()) == (held == "mean")
+    assert torch.equal(load_file(outs["peft"] / "adapter_model.safetensors")["prompt_embeddings"], prompt[0])
     with safe_open(outs["prompt-embeds"], "pt") as file:
-        assert torch.equal(file.get_tensor("prompt_embeds"), mean[0]) and file.metadata()["posterior"] == "mean"
+        assert torch.equal(file.get_tensor("prompt_embeds"), prompt[0]) and file.metadata()["posterior"] == held
     with safe_open(outs["prefix"] / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "posterior": "mean"}
+        assert file.metadata() == {"format": "pt", "posterior": held}
     checkpoint = AutoModelForCausalLM.from_pretrained(outs["checkpoint"]).get_input_embeddings().weight
-    assert any(torch.allclose(rows, mean[0]) for rows in checkpoint.unfold(0, COUNT, 1).mT)
+    assert any(torch.allclose(rows, prompt[0]) for rows in checkpoint.unfold(0, COUNT, 1).mT)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         stock = PeftModel.from_pretrained(base, outs["prefix"])(ids, attention_mask=torch.ones_like(ids)).logits

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = "standard deviation (1: the prior's)"
-_AGREED = "draws with the mean's nearest token"
+_AGREED = "draws with the prompt's nearest token"
 # Most bars that their words fit under.
 _NAMED = 24
 
