@@ -305,7 +305,7 @@ class _Inferring(TrainerCallback):
     """Tells an algorithm of the steps."""
 
     def __init__(self, trainer: PriorTrainer) -> None:
-        self._trainer = weakref.proxy(trainer)
+        self._trainer: Any = weakref.proxy(trainer)
 
     def on_pre_optimizer_step(self, *arguments: Any, **kwargs: Any) -> None:
         self._trainer.inference.before_step(self._trainer)
