@@ -92,7 +92,9 @@ class HubTrainer(Trainer):
             for part in parts if spread else []:
                 prefix = "eval" if part is None else f"eval_{part}"
                 loader = self.get_eval_dataloader(part)
-                figures |= self.evaluation_loop(loader, "Evaluation of the adapter alone", metric_key_prefix=prefix).metrics
+                figures |= self.evaluation_loop(
+                    loader, "Evaluation of the adapter alone", metric_key_prefix=prefix
+                ).metrics
             return by_prompt(figures, spread)
         finally:
             self.adapter_names, self.compute_metrics, self.callback_handler.callbacks = names, metrics, callbacks
