@@ -148,6 +148,7 @@ def test_priors_of_other_data_are_other_arms_and_the_same_data_anywhere_is_one(t
         config = PriorConfig(num_virtual_tokens=4, prior="gaussian", reference=reference, reference_kwargs=kwargs)
         get_prior_model(base, config, tokenizer=tokenizer).save_pretrained(str(tmp_path / name))
         TrainingFacts(results={"default": {"loss": 1.0}}, recipe=recipe or {}).save(tmp_path / name)
+        (tmp_path / name / "task.json").write_text('{"task": "completions"}')
         (source,) = read_sources([str(tmp_path / name)])
         return read_run(source).settings
 
@@ -229,7 +230,10 @@ def test_a_run_without_results_or_over_another_base_is_refused(study, tmp_path, 
     facts = json.loads((bare / "training.json").read_text())
     (bare / "training.json").write_text(json.dumps(facts | {"results": {}}))
     assert main(["compare", runs[1], str(bare), "--out", str(tmp_path / "out")]) == 1
-    assert "got 'bare' without training.json with results: train it with num_eval > 0" in capsys.readouterr().err
+    assert "got 'bare' without training.json with results: train it with that" in capsys.readouterr().err
+    (bare / "task.json").unlink()  # as one trained in Python
+    assert main(["compare", runs[1], str(bare), "--out", str(tmp_path / "out")]) == 1
+    assert "got 'bare' without task.json: train it with that command and num_eval > 0" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     described = json.loads((other / "prior_config.json").read_text())

@@ -23,7 +23,7 @@ from ..data import prompts_of, tokenize
 from ..evaluation import best_device
 from ..files import atomic_path, check_writable, write_json
 from ..fitting import new_encoder
-from ..hub.adapter import read_task
+from ..hub.adapter import TASK_FILE, read_task
 from ..hub.facts import public_name, read_facts
 from ..hub.reading import read_json
 from ..model import PriorPeftModel
@@ -158,17 +158,20 @@ def read_run(source: Source) -> Run:
     """What a run's folder says.
 
     Raises:
-        ValueError: It holds no results of an evaluation, or no start and prior.
+        ValueError: It holds no results of an evaluation, no task, or no start and prior.
     """
     facts, config, folder = read_facts(source.path), source.saved.config, Path(source.path)
-    results = facts.results.get("default", {})
-    if "loss" not in results or source.initial is None:
-        missing = "training.json with results" if source.initial is not None else "prior and start"
+    results, task = facts.results.get("default", {}), read_task(source.path) or {}
+    lacks = {
+        "prior and start": source.initial is None,
+        TASK_FILE: not task.get("task"),
+        "training.json with results": "loss" not in results,
+    }
+    for what in (what for what, lacking in lacks.items() if lacking):
         raise ValueError(
             f"run must have been trained and evaluated by `priors-peft train` with evaluation rows, got "
-            f"{source.name!r} without {missing}: train it with num_eval > 0"
+            f"{source.name!r} without {what}: train it with that command and num_eval > 0"
         )
-    task = read_task(source.path) or {}
     state = folder / "trainer_state.json"
     history = read_json(state)["log_history"] if state.is_file() else []
     described = config.to_dict()
