@@ -233,7 +233,10 @@ def test_a_run_without_results_or_over_another_base_is_refused(study, tmp_path, 
     assert "got 'bare' without training.json with results: train it with that" in capsys.readouterr().err
     (bare / "task.json").unlink()  # as one trained in Python
     assert main(["compare", runs[1], str(bare), "--out", str(tmp_path / "out")]) == 1
-    assert "got 'bare' without task.json: train it with that command and num_eval > 0" in capsys.readouterr().err
+    assert (
+        "got 'bare' without a task in task.json: train it with that command and num_eval > 0"
+        in capsys.readouterr().err
+    )
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     described = json.loads((other / "prior_config.json").read_text())

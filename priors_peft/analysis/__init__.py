@@ -4,7 +4,8 @@
 `geometry` shape and place, over training · `discrepancy` to the vocabulary's distribution · `projection` into a plane ·
 `stability` of runs · `transfer` between tasks · `activations` of tasks · `faithfulness` of a prompt to its tokens.
 
-`measure` asks the model. `collect` makes one dictionary of it all, from adapters that `sources` reads, by way of
+`measure` asks the model, `description` in its own words. `compare` holds runs of several priors against one another,
+`places` says where their prompts end up. `collect` makes one dictionary of it all, from adapters that `sources` reads, by way of
 `members` (their nulls), `projected`, `runs` and `on_tasks`; `pictures` and `report` draw it.
 """
 
@@ -24,11 +25,12 @@ _MODULES = {
     "geometry": "effective_rank geometry_series mahalanobis_radius mean_pairwise_cosine token_drift token_geometry",
     "discrepancy": "mmd_test squared_mmd",
     "projection": "pca tsne umap",
+    "description": "describe",
     "faithfulness": "ablations harden rank_ablations waywardness",
     "activations": "match_lengths pool separability",
     "stability": "barrier equidistance line_points metric_spread prompt_distances",
     "transfer": "activation_overlap prompt_similarities transfer_correlation transfer_summary",
-    "measure": "ablation_nlls describe line_nlls neuron_activations no_prompt_nll prompt_nll task_activations",
+    "measure": "ablation_nlls line_nlls neuron_activations no_prompt_nll prompt_nll task_activations",
 }
 _LOCATIONS = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_LOCATIONS)

@@ -299,11 +299,8 @@ def faithfulness_title(adapters: Sequence[Part]) -> str | None:
     measured = [adapter for adapter in adapters if faithfulness(adapter)]
     if len(measured) < 2:
         return _named(measured[0], faithfulness(measured[0])) if measured else None
-    useful = [
-        way
-        for way in (adapter["faithfulness"]["waywardness"] for adapter in measured)
-        if way["gained"] is not None and way["gained"] > 0
-    ]
+    ways = [adapter["faithfulness"]["waywardness"] for adapter in measured]
+    useful = [way for way in ways if (way["gained"] or 0) > 0]
     if not useful:
         return f"None of {len(measured)} prompts is known to be better than no prompt"
     half = sum(way["lost"] > way["gained"] / 2 for way in useful)
@@ -394,16 +391,5 @@ def capital(sentence: str) -> str:
 def gains(transfer: Part) -> list[list[float | None]]:
     """What each prompt adds to no prompt on each task, better is positive, `[N][M]`."""
     sign = 1 if transfer["higher_is_better"] else -1
-    return [
-        [
-            None if None in (score, none) else sign * (score - none)
-            for score, none in zip(row, transfer["no_prompt"], strict=True)
-        ]
-        for row in transfer["scores"]
-    ]
-
-
-def reliability_title(calibrations: Part) -> str:
-    """Of the reliability diagram: the expected calibration error of each."""
-    errors = "; ".join(f"{name} {one['error']:.3f}" for name, one in calibrations.items())
-    return f"Expected calibration error (0 is best): {errors}"
+    pairs = [list(zip(row, transfer["no_prompt"], strict=True)) for row in transfer["scores"]]
+    return [[None if None in pair else sign * (pair[0] - pair[1]) for pair in of_prompt] for of_prompt in pairs]

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..priors import Prior
 from .activations import separability
-from .discrepancy import median_distance, squared_mmd
 
 
 FOLDS = 5
@@ -145,11 +144,11 @@ def table(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
     known = {(run.task, run.tuning, run.prior, run.seed): run for run in runs}
     rows = []
     for (task, tuning, prior), group in grouped(runs, "task", "tuning", "prior").items():
-        pairs = [
-            run.results["nll"] - known[task, tuning, baseline, run.seed].results["nll"]
+        pairs = {
+            (task, run.seed): run.results["nll"] - known[task, tuning, baseline, run.seed].results["nll"]
             for run in group
             if (task, tuning, baseline, run.seed) in known
-        ]
+        }
         rows.append(
             {
                 "task": task,
@@ -172,20 +171,10 @@ def grouped(runs: Iterable[Run], *names: str) -> dict[tuple[str, ...], list[Run]
     return groups
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, its standard error and the count; None where there are too few for them."""
-    count = len(values)
-    return {
-        "mean": statistics.fmean(values) if count else None,
-        "se": statistics.stdev(values) / math.sqrt(count) if count > 1 else None,
-        "n": count,
-    }
-
-
-def over_seeds(values: Mapping[tuple[str, int], float]) -> dict[str, Any]:
+def mean_and_error(values: Mapping[tuple[str, int], float]) -> dict[str, Any]:
     """Mean over tasks, its standard error over seeds and their count: how much more tasks differ than seeds is no error.
 
-    Where each seed has each task this is `mean_and_error` of the seeds' means.
+    Where each seed has each task these are of the seeds' means; None where there are too few for them.
 
     Args:
         values: By task and seed; a seed may lack tasks. With a task of one seed there is no error.
@@ -199,9 +188,9 @@ def over_seeds(values: Mapping[tuple[str, int], float]) -> dict[str, Any]:
     for (task, seed), value in values.items():
         count = len(by_task[task])
         shares[seed] += (value - means[task]) / math.sqrt(count * max(1, count - 1)) / len(means)
-    told = min(map(len, by_task.values())) > 1
+    told = min(map(len, by_task.values()), default=0) > 1
     return {
-        "mean": statistics.fmean(means.values()),
+        "mean": statistics.fmean(means.values()) if means else None,
         "se": math.hypot(*shares.values()) if told else None,
         "n": len(shares),
     }
@@ -216,205 +205,6 @@ def _summaries(figures: Sequence[Mapping[str, float]]) -> dict[str, dict[str, fl
         }
         for key in shared
     }
-
-
-# Where prompts end up.
-
-
-def place(runs: Sequence[Run], num_permutations: int = 9999, seed: int = 0) -> dict[str, Any]:
-    """Whether a trained prompt's place tells its prior; of runs with one tuning, tasks and seeds as they come.
-
-    Distances are root mean squares over all coordinates, in the model's own units.
-
-    Args:
-        runs: With names, of prompts of one shape.
-        num_permutations: Of the priors' names within each task and seed.
-        seed: Of the permutations.
-
-    Returns:
-        `runs` and `priors`: how many. `moved`: mean distance from the own start. `to_other_starts`: mean distance from the
-        starts of other priors with the same task and seed. `nearest_start`: share of prompts that are nearer to their own
-        start than to any of those. `likeliest`: share of prompts to which, of the priors compared, their own gives the
-        highest density; `likeliest_at_start`: the same of the starts; `chance`: 1 / priors. `distances`: mean distance
-        between prompts that differ in the `seed`, the `task` or the `prior` alone. `mmd`: see `between_and_within`;
-        None with fewer than two seeds.
-
-    Raises:
-        ValueError: No two runs differ in their prior alone.
-    """
-    priors = {run.prior for run in runs}
-    others = {
-        run.name: [other for other in runs if (other.task, other.seed) == (run.task, run.seed) and other is not run]
-        for run in runs
-    }
-    compared = [run for run in runs if others[run.name]]
-    if not compared:
-        raise ValueError(f"runs must be of at least 2 priors with one task and seed, got {', '.join(sorted(priors))}")
-    moved = [distance(run.prompt, run.start) for run in compared]
-    away = [[distance(run.prompt, other.start) for other in others[run.name]] for run in compared]
-
-    def alone(*same: str) -> float | None:
-        pairs = [
-            distance(one.prompt, other.prompt)
-            for one, other in itertools.combinations(runs, 2)
-            if all(
-                (getattr(one, name) == getattr(other, name)) == (name in same) for name in ("task", "prior", "seed")
-            )
-        ]
-        return statistics.fmean(pairs) if pairs else None
-
-    return {
-        "runs": len(runs),
-        "priors": len(priors),
-        "moved": statistics.fmean(moved),
-        "to_other_starts": statistics.fmean(itertools.chain(*away)),
-        "nearest_start": statistics.fmean(own < min(rest) for own, rest in zip(moved, away, strict=True)),
-        "likeliest": _likeliest(compared, others, lambda run: run.prompt),
-        "likeliest_at_start": _likeliest(compared, others, lambda run: run.start),
-        "chance": 1 / len(priors),
-        "distances": {"seed": alone("task", "prior"), "task": alone("prior", "seed"), "prior": alone("task", "seed")},
-        "mmd": between_and_within(runs, num_permutations, seed),
-    }
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """Root mean square of the difference, over all coordinates."""
-    return float((one.double() - other.double()).square().mean().sqrt())
-
-
-def _likeliest(runs: Sequence[Run], others: Mapping[str, Sequence[Run]], of: Callable[[Run], Tensor]) -> float:
-    def density(prompt: Tensor, owner: Run) -> float:
-        with torch.no_grad():
-            return sum(float(prior.log_prob(at)) for prior, at in zip(owner.priors, prompt, strict=True))
-
-    won = [density(of(run), run) > max(density(of(run), other) for other in others[run.name]) for run in runs]
-    return statistics.fmean(won)
-
-
-def between_and_within(runs: Sequence[Run], num_permutations: int, seed: int) -> dict[str, Any] | None:
-    """Squared MMD between the virtual tokens of two runs: of different priors against one prior.
-
-    Pairs are of one task and different seeds, so that neither a shared draw nor a shared order of the data brings two
-    runs together. The kernel's width is the median distance between the virtual tokens of all starts; of deep prompts
-    the mean over layers. The test shuffles the priors' names among the runs of each task and seed.
-
-    Returns:
-        `between` and `within`: mean squared MMD. `p_value`: share of shufflings, this one included, whose difference of
-        the two is as large. `num_permutations`. None where no two runs differ in their seed alone.
-    """
-    pairs = [
-        (i, j)
-        for i, j in itertools.combinations(range(len(runs)), 2)
-        if runs[i].task == runs[j].task and runs[i].seed != runs[j].seed
-    ]
-    names = sorted({run.prior for run in runs})
-    labels = torch.tensor([names.index(run.prior) for run in runs])
-    first, second = (torch.tensor([pair[side] for pair in pairs], dtype=torch.long) for side in (0, 1))
-    same = labels[first] == labels[second]
-    if not same.any() or same.all():
-        return None
-    widths = [median_distance(torch.cat([run.start[layer] for run in runs])) for layer in range(len(runs[0].prompt))]
-    found = torch.tensor(
-        [
-            statistics.fmean(
-                float(squared_mmd(runs[i].prompt[layer], runs[j].prompt[layer], width))
-                for layer, width in enumerate(widths)
-            )
-            for i, j in pairs
-        ],
-        dtype=torch.float64,
-    )
-
-    def contrast(labels: Tensor) -> float:
-        same = labels[first] == labels[second]
-        return float(found[~same].mean() - found[same].mean())
-
-    blocks = [[runs.index(run) for run in group] for group in grouped(runs, "task", "seed").values()]
-    generator = torch.Generator().manual_seed(seed)
-    observed, reached = contrast(labels), 1
-    for _ in range(num_permutations):
-        shuffled = labels.clone()
-        for block in blocks:
-            order = torch.randperm(len(block), generator=generator)
-            shuffled[block] = labels[torch.tensor(block)[order]]
-        # Not a number where a shuffling leaves no pair of one prior: counted as reached, which only makes p larger.
-        reached += not contrast(shuffled) < observed - 1e-12
-    return {
-        "between": float(found[~same].mean()),
-        "within": float(found[same].mean()),
-        "p_value": reached / (num_permutations + 1),
-        "num_permutations": num_permutations,
-    }
-
-
-# Far from the vocabulary.
-
-
-def regions(
-    runs: Sequence[Run], radius: Callable[[Tensor], Tensor], edge: float, no_prompt: Mapping[str, float]
-) -> dict[str, Any]:
-    """Whether prompts work that lie where no vocabulary does, at the embedding layer.
-
-    Args:
-        runs: With names.
-        radius: Of virtual tokens, `[P, d]` to `[P]`: how far out they lie as the vocabulary's spread goes.
-        edge: Radius within which nearly all of the vocabulary lies.
-        no_prompt: NLL without a prompt, by task.
-
-    Returns:
-        `arms`: for each tuning and prior the share of virtual tokens beyond the edge, `outside_at_start` and
-        `outside`, and `gain` over no prompt in nats per answer token (`over_seeds`). `tunings`: for each tuning
-        `far_started` and `far_ended`, runs of which more than half the virtual tokens started or ended beyond the edge:
-        `runs`, and how many of them are `better_than_none`; and `difference`, the mean NLL of runs that started far less
-        that of the runs of the same task and seed that did not (`over_seeds`), None where all or none did.
-    """
-
-    def outside(prompt: Tensor) -> float:
-        return float((radius(prompt[0]) > edge).double().mean())
-
-    at_start, at_end = ({run.name: outside(of(run)) for run in runs} for of in (_start, _prompt))
-    gains = {run.name: no_prompt[run.task] - run.results["nll"] for run in runs}
-    arms = [
-        {
-            "tuning": tuning,
-            "prior": prior,
-            "outside_at_start": statistics.fmean(at_start[run.name] for run in group),
-            "outside": statistics.fmean(at_end[run.name] for run in group),
-            "gain": over_seeds({(run.task, run.seed): gains[run.name] for run in group}),
-        }
-        for (tuning, prior), group in grouped(runs, "tuning", "prior").items()
-    ]
-
-    def counted(group: Sequence[Run], shares: Mapping[str, float]) -> dict[str, int]:
-        far = [run.name for run in group if shares[run.name] > 0.5]
-        return {"runs": len(far), "better_than_none": sum(gains[name] > 0 for name in far)}
-
-    def difference(group: Sequence[Run]) -> dict[str, Any] | None:
-        pairs = {}
-        for same in grouped(group, "task", "seed").values():
-            far = [run.results["nll"] for run in same if at_start[run.name] > 0.5]
-            near = [run.results["nll"] for run in same if at_start[run.name] <= 0.5]
-            if far and near:
-                pairs[same[0].task, same[0].seed] = statistics.fmean(far) - statistics.fmean(near)
-        return over_seeds(pairs) if pairs else None
-
-    tunings = {
-        tuning: {
-            "far_started": counted(group, at_start),
-            "far_ended": counted(group, at_end),
-            "difference": difference(group),
-        }
-        for (tuning,), group in grouped(runs, "tuning").items()
-    }
-    return {"arms": arms, "edge": edge, "tunings": tunings}
-
-
-def _start(run: Run) -> Tensor:
-    return run.start
-
-
-def _prompt(run: Run) -> Tensor:
-    return run.prompt
 
 
 # Tasks among activations.

@@ -1,4 +1,4 @@
-"""What the model itself must be asked: likelihoods under other prompts, its states and neurons, and descriptions.
+"""What the model itself must be asked: likelihoods under other prompts, its states and neurons.
 
 Nothing here changes the model: another prompt stands in for the active one while it is measured, and evaluation mode
 ends where it began, also after an error. Results don't depend on batch size or order, but for floating-point rounding.
@@ -17,7 +17,7 @@ from ..batch import Supervision, Text
 from ..data import IGNORED, pad
 from ..head import supervised_nll
 from ..model import PriorPeftModel
-from ..passes import Prompt, continued, deep_prompts
+from ..passes import Prompt, continued
 from .activations import pool
 from .common import check_at_least, check_points
 from .faithfulness import ablations
@@ -48,7 +48,7 @@ def replaced_prompt(model: PriorPeftModel, prompt: Tensor) -> Iterator[None]:
     Raises:
         ValueError: It has another shape, or is not finite.
     """
-    name, present = model.active_adapter, _active(model)
+    name, present = model.active_adapter, active_prompt(model)
     encoder = model.prompt_encoder[name]
     prompt = check_points("prompt", prompt, "[S, P, d]")
     if prompt.shape != present.theta.shape:
@@ -64,7 +64,7 @@ def replaced_prompt(model: PriorPeftModel, prompt: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _measuring(model: PriorPeftModel) -> Iterator[None]:
+def measuring(model: PriorPeftModel) -> Iterator[None]:
     """Evaluation mode without gradients, prompts run once; each module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -76,12 +76,12 @@ def _measuring(model: PriorPeftModel) -> Iterator[None]:
             module.training = training
 
 
-def _active(model: PriorPeftModel) -> Prompt:
+def active_prompt(model: PriorPeftModel) -> Prompt:
     with torch.no_grad():
         return model.prompt(model.active_adapter)
 
 
-def _device(model: PriorPeftModel) -> torch.device:
+def device_of(model: PriorPeftModel) -> torch.device:
     return model.base_model.get_input_embeddings().weight.device
 
 
@@ -100,7 +100,7 @@ def prompt_nll(model: PriorPeftModel, rows: Any, prompt: Tensor | None = None, b
     Raises:
         ValueError: There is no row or no answer, or the prompt has another shape.
     """
-    prompt = _active(model).theta if prompt is None else prompt
+    prompt = active_prompt(model).theta if prompt is None else prompt
     return float(prompt_nlls(model, rows, prompt[None], batch_size, "Measuring the prompt")[0])
 
 
@@ -121,7 +121,7 @@ def prompt_nlls(
     """
     prompts, batches = check_points("prompts", prompts, "[K, S, P, d]"), _batches(model, rows, batch_size)
     losses = []
-    with _measuring(model), tqdm(desc=desc, total=len(prompts) * len(batches), delay=2, leave=False) as progress:
+    with measuring(model), tqdm(desc=desc, total=len(prompts) * len(batches), delay=2, leave=False) as progress:
         for prompt in prompts:
             with replaced_prompt(model, prompt):
                 total, count = 0.0, 0
@@ -142,7 +142,7 @@ def no_prompt_nll(model: PriorPeftModel, rows: Any, batch_size: int = 16) -> flo
     """
     total, count = 0.0, 0
     batches = _batches(model, rows, batch_size)
-    with _measuring(model), tqdm(desc="No prompt", total=len(batches), delay=2, leave=False) as progress:
+    with measuring(model), tqdm(desc="No prompt", total=len(batches), delay=2, leave=False) as progress:
         for batch in batches:
             supervision = Supervision.of(batch["labels"], batch["attention_mask"])
             if bool((supervision.predictors < 0).any()):
@@ -171,7 +171,7 @@ def ablation_nlls(model: PriorPeftModel, rows: Any, replacement: Tensor | None =
     Returns:
         Nats per answer token without virtual token p, float64, shape `[P]`.
     """
-    present = _active(model)
+    present = active_prompt(model)
     if replacement is None:
         priors = model.prompt_encoder[model.active_adapter].priors
         places = [prior.loc.expand(present.length, -1) for prior in priors]
@@ -222,14 +222,14 @@ def _batches(model: PriorPeftModel, rows: Any, batch_size: int) -> list[dict[str
     for first in range(0, len(order), batch_size):
         chunk = [rows[index] for index in order[first : first + batch_size]]
         labels = pad([list(row["labels"]) for row in chunk], IGNORED, "right")
-        batches.append(_padded(model, [row["input_ids"] for row in chunk]) | {"labels": labels.to(_device(model))})
+        batches.append(_padded(model, [row["input_ids"] for row in chunk]) | {"labels": labels.to(device_of(model))})
     return batches
 
 
 def _padded(model: PriorPeftModel, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     lists = [list(row) for row in ids]
     parts = {"input_ids": pad(lists, 0, "right"), "attention_mask": pad([[1] * len(row) for row in lists], 0, "right")}
-    return {name: part.to(_device(model)) for name, part in parts.items()}
+    return {name: part.to(device_of(model)) for name, part in parts.items()}
 
 
 # Inside the model.
@@ -273,7 +273,7 @@ def task_activations(
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    with _measuring(model), tqdm(chunks, "Hidden states", delay=2, leave=False) as progress:
+    with measuring(model), tqdm(chunks, "Hidden states", delay=2, leave=False) as progress:
         for chunk in progress:
             batch = _padded(model, [rows[index] for index in chunk])
             if with_prompt:
@@ -325,86 +325,12 @@ def neuron_activations(model: PriorPeftModel, prompts: Tensor, token_id: int | N
     handles = [function.register_forward_hook(keep(layer)) for layer, function in enumerate(functions)]
     active = []
     try:
-        with _measuring(model), tqdm(prompts, "Neurons", delay=2, leave=False) as progress:
+        with measuring(model), tqdm(prompts, "Neurons", delay=2, leave=False) as progress:
             for prompt in progress:
                 with replaced_prompt(model, prompt):
-                    model(input_ids=torch.tensor([[token_id]], device=_device(model)), logits_to_keep=1)
+                    model(input_ids=torch.tensor([[token_id]], device=device_of(model)), logits_to_keep=1)
                 active.append(torch.stack([last[layer] for layer in range(len(functions))]))
     finally:
         for handle in handles:
             handle.remove()
     return torch.stack(active)
-
-
-# In the model's own words.
-
-CARRIER = (
-    "Instruction: Translate this sentence into French.\nIt asks for: a translation\n\n"
-    "Instruction: Add the numbers 3 and 4.\nIt asks for: the sum of two numbers\n\nInstruction: ",
-    "\nIt asks for:",
-)
-
-
-def describe(
-    model: PriorPeftModel,
-    tokenizer: Any,
-    prompt: Tensor | None = None,
-    layer: int = 0,
-    carrier: tuple[str, str] = CARRIER,
-    max_new_tokens: int = 24,
-) -> str:
-    """What the base model says a prompt asks for, when the prompt stands in a carrier text in a description's place.
-
-    After Patchscopes (Ghandeharioun et al. 2024) and InSPEcT (Ramati et al. 2024). The model will say something of
-    any vectors at all, and small models mostly repeat the carrier's examples: hold it against what it says of draws
-    from the prior before believing it.
-
-    Args:
-        model: A model with a prompt.
-        tokenizer: The base model's.
-        prompt: In the place of the active one, shape `[S, P, d]`.
-        layer: 0 puts the virtual tokens in as they are. l also replaces, at the input of decoder layer l, their states
-            by those that the prompt has there alone, so that the carrier has no part in them.
-        carrier: The text before the prompt and the text after it.
-        max_new_tokens: Most tokens of the description.
-
-    Returns:
-        The first line that the model goes on with, greedily; it may be empty.
-    """
-    base, given = model.base_model, _active(model)
-    depth = base.config.get_text_config().num_hidden_layers
-    if not 0 <= layer < depth:
-        raise ValueError(f"layer must be between 0 and {depth - 1} for this model, got {layer}")
-    if prompt is not None and prompt.shape != given.theta.shape:
-        raise ValueError(f"prompt must have shape {list(given.theta.shape)}, got {list(prompt.shape)}")
-    theta = given.theta if prompt is None else prompt.to(given.theta)
-    patched = Prompt(theta, given.layers, [])
-    embed = base.get_input_embeddings()
-    with _measuring(model):
-        if layer:
-            patched = Prompt(torch.stack([theta[0], _states_alone(model, patched, layer)]), [0, layer], [])
-        before, after = (
-            embed(torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], device=_device(model)))
-            for text, special in zip(carrier, (True, False), strict=True)
-        )
-        embeddings = torch.cat([before, theta[0].to(before.dtype), after])[None]
-        with deep_prompts(base, [(len(before), patched)]):
-            generated = base.generate(
-                inputs_embeds=embeddings,
-                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=_device(model)),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-    return tokenizer.decode(generated[0], skip_special_tokens=True).strip().partition("\n")[0].strip()
-
-
-def _states_alone(model: PriorPeftModel, prompt: Prompt, layer: int) -> Tensor:
-    """Hidden states `[P, d]` that a prompt has at the input of a layer, without any text."""
-    if layer in prompt.layers:
-        return prompt.theta[prompt.layers.index(layer)]
-    base = model.base_model
-    start = prompt.theta[:1].to(base.get_input_embeddings().weight.dtype)
-    with deep_prompts(base, [(0, prompt)]):
-        states = decoder(base)(inputs_embeds=start, use_cache=False, output_hidden_states=True).hidden_states
-    return states[layer][0].to(prompt.theta)

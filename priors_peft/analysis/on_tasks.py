@@ -10,8 +10,9 @@ from ..data import prompts_of, tokenize
 from ..model import PriorPeftModel
 from ..priors.reference import text_states
 from .activations import match_lengths, separability
+from .description import describe
 from .faithfulness import rank_ablations, waywardness
-from .measure import ablation_nlls, describe, line_nlls, no_prompt_nll, prompt_nll, task_activations
+from .measure import ablation_nlls, line_nlls, no_prompt_nll, prompt_nll, task_activations
 from .members import Member
 from .projected import rounded
 from .projection import pca

@@ -11,19 +11,20 @@ from torch import Tensor
 
 from ..analysis.activations import match_lengths
 from ..analysis.common import check_at_least, plain
-from ..analysis.compare import FOLDS, Run, clusters, grouped, name_runs, place, regions, table
+from ..analysis.compare import FOLDS, Run, clusters, grouped, name_runs, table
 from ..analysis.geometry import mahalanobis_radius
 from ..analysis.measure import no_prompt_nll, task_activations
 from ..analysis.members import embeddings_of
 from ..analysis.pictures import compare as pictures
 from ..analysis.pictures import save_figures
+from ..analysis.places import place, regions
 from ..analysis.sources import Source, base_model_of, read_sources
 from ..config import PriorConfig
 from ..data import prompts_of, tokenize
 from ..evaluation import best_device
 from ..files import atomic_path, check_writable, write_json
 from ..fitting import new_encoder
-from ..hub.adapter import TASK_FILE, read_task
+from ..hub.adapter import read_task
 from ..hub.facts import public_name, read_facts
 from ..hub.reading import read_json
 from ..model import PriorPeftModel
@@ -50,6 +51,8 @@ CONFIG = (
     "prior_weight",
     "inference",
 )
+# Of a run.
+TOLD = ("name", "task", "tuning", "prior", "seed", "data", "settings", "results", "initial_results")
 # Of the vocabulary that lies within the edge of its region, as in the exclusion prior.
 INSIDE = 0.99
 _ROOM = 16 * 2**20
@@ -102,7 +105,9 @@ def main(arguments: list[str]) -> None:
     # ---- Figures ------------------------------------------------------------------------
     for source in sources:
         source.saved.check_fits(base)
-    shown = representatives(runs, args.baseline)
+    # For each task and tuning the baseline's first run: its prompt stands before the rows of all tasks.
+    groups = grouped([run for run in runs if run.prior == args.baseline], "tuning", "task")
+    shown = [min(group, key=lambda run: run.seed) for group in groups.values()]
     model = model_with(base, [next(source for source in sources if source.name == run.name) for run in shown])
     none = {
         task: no_prompt_nll(model, tokens[task], args.batch_size) for task in dict.fromkeys(run.task for run in runs)
@@ -122,7 +127,7 @@ def main(arguments: list[str]) -> None:
         "format_version": 1,
         "base_model": public_name(base_model_of(sources)[0]),
         "baseline": args.baseline,
-        "runs": [described(run) for run in runs],
+        "runs": [{name: getattr(run, name) for name in TOLD} for run in runs],
         "no_prompt": none,
         "table": table(runs, args.baseline),
         "place": {
@@ -162,15 +167,13 @@ def read_run(source: Source) -> Run:
     """
     facts, config, folder = read_facts(source.path), source.saved.config, Path(source.path)
     results, task = facts.results.get("default", {}), read_task(source.path) or {}
-    lacks = {
-        "prior and start": source.initial is None,
-        TASK_FILE: not task.get("task"),
-        "training.json with results": "loss" not in results,
-    }
-    for what in (what for what, lacking in lacks.items() if lacking):
+    missing = (
+        "a task in task.json" if not task.get("task") else "" if "loss" in results else "training.json with results"
+    )
+    if source.initial is None or missing:
         raise ValueError(
             f"run must have been trained and evaluated by `priors-peft train` with evaluation rows, got "
-            f"{source.name!r} without {what}: train it with that command and num_eval > 0"
+            f"{source.name!r} without {missing or 'prior and start'}: train it with that command and num_eval > 0"
         )
     state = folder / "trainer_state.json"
     history = read_json(state)["log_history"] if state.is_file() else []
@@ -211,12 +214,6 @@ def _with_nll(figures: Mapping[str, float]) -> dict[str, float]:
     return {"nll" if name == "loss" else name: value for name, value in figures.items()}
 
 
-def described(run: Run) -> dict[str, Any]:
-    """A run as `compare.json` has it."""
-    names = ("name", "task", "tuning", "prior", "seed", "data", "settings", "results", "initial_results")
-    return {name: getattr(run, name) for name in names}
-
-
 def load_rows(
     runs: Sequence[Run], sources: Sequence[Source], args: ComparisonArguments, base: Any, tokenizer: Any
 ) -> dict[str, Any]:
@@ -252,12 +249,6 @@ def load_rows(
 
 
 # Activations.
-
-
-def representatives(runs: Sequence[Run], baseline: str) -> list[Run]:
-    """For each task and tuning the baseline's first run, whose prompt stands before the rows of all tasks."""
-    groups = grouped([run for run in runs if run.prior == baseline], "tuning", "task")
-    return [min(group, key=lambda run: run.seed) for group in groups.values()]
 
 
 def activations(
@@ -302,9 +293,7 @@ def markdown(comparison: dict[str, Any]) -> str:
     for task, none in comparison["no_prompt"].items():
         rows = [row for row in comparison["table"] if row["task"] == task]
         parts.append(f"## {task}\n\n{_table(rows, none, comparison['baseline'])}")
-    parts.append(_place(comparison["place"]))
-    parts.append(_regions(comparison["regions"]))
-    parts.append(_clusters(comparison["clusters"]))
+    parts += [_place(comparison["place"]), _regions(comparison["regions"]), _clusters(comparison["clusters"])]
     return "\n\n".join(filter(None, parts))
 
 
@@ -329,12 +318,11 @@ def with_error(found: dict[str, Any]) -> str:
     """A mean with its standard error and the number of pairs."""
     if not found["n"]:
         return "no pairs"
-    return signed(found["mean"]) + ("" if found["se"] is None else f" ± {found['se']:.3f}") + f" ({found['n']})"
-
-
-def signed(value: float) -> str:
-    """With its sign and three decimals."""
-    return f"{value:+.3f}".replace("-", "−")
+    return (
+        f"{found['mean']:+.3f}".replace("-", "−")
+        + ("" if found["se"] is None else f" ± {found['se']:.3f}")
+        + f" ({found['n']})"
+    )
 
 
 def _place(place: dict[str, dict[str, Any]]) -> str:
@@ -400,15 +388,8 @@ def _clusters(found: list[dict[str, Any]]) -> str:
         )
     heads = ["before the rows", "layer", "tasks", "rows each", "silhouette", "probe accuracy", "chance"]
     lines = [
-        [
-            one["condition"],
-            str(one["layer"]),
-            " / ".join(one["tasks"]),
-            str(min(one["counts"].values())),
-            f"{one['silhouette']:.2f}",
-            f"{one['probe_accuracy']:.0%} ± {one['probe_std']:.0%}",
-            f"{one['chance']:.0%}",
-        ]
+        [one["condition"], str(one["layer"]), " / ".join(one["tasks"]), str(min(one["counts"].values()))]
+        + [f"{one['silhouette']:.2f}", f"{one['probe_accuracy']:.0%} ± {one['probe_std']:.0%}", f"{one['chance']:.0%}"]
         for one in found
     ]
     return (

@@ -8,9 +8,9 @@ from conftest import CONFIGS, LAYERS, WIDTH, addition_rows, make_model, make_tok
 
 from priors_peft import PriorConfig, get_prior_model
 from priors_peft.analysis.activations import match_lengths, pool
+from priors_peft.analysis.description import describe
 from priors_peft.analysis.measure import (
     ablation_nlls,
-    describe,
     line_nlls,
     neuron_activations,
     no_prompt_nll,

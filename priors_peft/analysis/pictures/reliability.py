@@ -26,7 +26,8 @@ def draw(calibrations: claims.Part) -> "Figure | None":
     if not found:
         return None
     shown = list(found.items())[-_MOST:]
-    figure = new_figure(claims.reliability_title(dict(shown)), 4.3)
+    errors = "; ".join(f"{name} {one['error']:.3f}" for name, one in shown)
+    figure = new_figure(f"Expected calibration error (0 is best): {errors}", 4.3)
     axes = figure.subplots(2, len(shown), squeeze=False, sharex=True, sharey="row", height_ratios=[1, 3])
     for place, (name, one) in enumerate(shown):
         _counts(axes[0][place], name, one)
