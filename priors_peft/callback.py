@@ -97,7 +97,7 @@ class PriorCallback(TrainerCallback):
 
     @torch.no_grad()
     def _take(self, model: Any, step: int) -> None:
-        # By every process: sharded training gathers the parameter in the encoder's forward.
+        # By every process: where a user's own Trainer shards the prompt, all take part in using it.
         for name, encoder in _trained(model):
             if name in self._snapshots:
                 self._snapshots[name].take(step, encoder())

@@ -9,6 +9,7 @@ import torch
 
 from .inference.base import inference_from
 from .model import PriorPeftModel
+from .sharding import as_launched
 from .training_arguments import PriorTrainingArguments
 
 
@@ -54,21 +55,17 @@ def check_processes(trainer: "PriorTrainer") -> None:
         )
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         return
-    if len(trainer.adapter_names) > 1:
-        raise ValueError("adapter_names must name one prompt under DeepSpeed and FSDP, which clip all as one")
-    config = trainer.model.active_peft_config
-    if config.inference != "map":
-        raise ValueError(
-            f'inference must be "map" under DeepSpeed and FSDP, got {config.inference!r}: train on one GPU'
-        )
-    if config.prior_weight == "auto":
-        raise ValueError(
-            'prior_weight must be a number under DeepSpeed and FSDP, got "auto": choose it with DDP or on one GPU'
-        )
     if trainer.args.bf16 or trainer.args.fp16:
         raise ValueError(
-            "bf16 and fp16 must be off under DeepSpeed and FSDP, where they would round the prompt itself: the base "
-            "model's type is that of its checkpoint, or dtype's"
+            "bf16 and fp16 must be off under DeepSpeed and FSDP, which would cast the base model: its type is that of "
+            "its checkpoint, or dtype's"
+        )
+    with as_launched():
+        settings = getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "deepspeed_config", {})
+    if settings.keys() & {"optimizer", "scheduler"}:
+        raise ValueError(
+            f"DeepSpeed's settings must not name {', '.join(sorted(settings.keys() & {'optimizer', 'scheduler'}))}: "
+            "prompts are not sharded; optim, learning_rate and lr_scheduler_type say how they are trained"
         )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and (plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading):

@@ -16,7 +16,6 @@ from .calibration import calibration_of
 from .callback import suffix
 from .data import padded_text, prompts_of
 from .hub.trainer import HubTrainer
-from .sharding import as_forward
 
 
 class LikelihoodTrainer(HubTrainer):
@@ -97,7 +96,7 @@ class LikelihoodTrainer(HubTrainer):
             room = max(1, self._max_length - self.args.max_new_tokens)
             rows = [row[-room:] for row in rows]
         prompts = padded_text(rows, self.processing_class.pad_token_id, "left", self.args.device)
-        generated = as_forward(self.accelerator.unwrap_model(model), "generate")(
+        generated = self.accelerator.unwrap_model(model).generate(
             **prompts,
             max_new_tokens=self.args.max_new_tokens,
             do_sample=False,

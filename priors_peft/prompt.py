@@ -57,7 +57,7 @@ class PriorPromptEncoder(BasePromptEncoder):
                 log p(θ), or, where a posterior is trained, a draw from it and −KL(q ‖ p).
             weighted: Whether that has any weight; None is returned for it else.
         """
-        # Both in the module's own forward: sharded training has gathered its parameters here only.
+        # Both in the module's own forward: where a user has sharded the prompt too, it is whole here only.
         if drawn:
             if torch.is_grad_enabled():
                 self.point = None  # chosen of a posterior that now changes

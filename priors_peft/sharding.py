@@ -2,12 +2,75 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+if TYPE_CHECKING:
+    from .trainer import PriorTrainer
+
+# What runs the base model, beside a forward pass.
+_RUN_BASE_MODEL = ("generate", "run_prompt", "predicting_states")
+
+
+@contextmanager
+def as_launched() -> Iterator[None]:
+    """While this lasts accelerate knows of DeepSpeed and FSDP; else only of what prompts are trained by, DDP."""
+    states = PartialState._shared_state, AcceleratorState._shared_state
+    for state in states:
+        if "launched_type" in state:
+            state["distributed_type"] = state["launched_type"]
+    try:
+        yield
+    finally:
+        for state in states:
+            launched = state.get("distributed_type")
+            if launched in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+                kind = state["device"].type
+                state["launched_type"] = launched
+                state["distributed_type"] = DistributedType("MULTI_GPU" if kind == "cuda" else f"MULTI_{kind.upper()}")
+
+
+def shard_base_model(trainer: "PriorTrainer") -> None:
+    """Have DeepSpeed ZeRO-3 or FSDP2 shard the frozen base model; they never see the prompts, which stay whole.
+
+    ZeRO-1 and 2 shard what is trained, of which they are left nothing.
+    """
+    model: Any = trainer.model
+    prompts = model._modules.pop("prompt_encoder")
+    try:
+        with as_launched():
+            plugin = trainer.accelerator.state.deepspeed_plugin
+            if trainer.is_fsdp_enabled and not isinstance(model, FSDPModule):
+                # Accelerate takes a model with an optimizer only.
+                trainer.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+                for method in _RUN_BASE_MODEL:
+                    as_forward(model, method)
+            elif plugin is not None and plugin.zero_stage == 3 and not hasattr(model, "sharded_by"):
+                import deepspeed
+                from transformers.integrations.deepspeed import deepspeed_init
+
+                deepspeed_init(trainer, num_training_steps=0, inference=True)
+                # In a tuple, as a module would be registered. When it goes, so do its hooks.
+                model.sharded_by = deepspeed.initialize(model=model, config=plugin.deepspeed_config)[:1]
+    finally:
+        model._modules["prompt_encoder"] = prompts
+    (prompts if is_sharded(model) else model).to(trainer.args.device)
+
+
+def prompts_as_ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """DDP of a model whose base model is sharded: what is reduced and kept alike is prompts."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    others = [name for name, _ in tensors if not name.startswith("prompt_encoder.")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
+    return DistributedDataParallel(model, **options)
 
 
 def is_sharded(model: nn.Module) -> bool:

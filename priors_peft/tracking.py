@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .callback import snapshots_path, suffix
 from .hub.markdown import code, table
+from .sharding import is_sharded
 from .snapshots import SNAPSHOTS
 
 
@@ -34,8 +33,8 @@ class TrackingCallback(TrainerCallback):
     TensorBoard, Weights & Biases and trackio get `prior/nearest_tokens`, a table of the nearest token of each virtual
     token before and after training and its p-value against random prompts, and the pictures `prior/tokens`,
     `prior/geometry` (over the steps) and `prior/projection` (prompt, its way and the vocabulary in a plane). Pictures
-    need matplotlib. What fails is logged, and training ends as it would have. Under DeepSpeed and FSDP, where a process
-    may not hold the whole vocabulary, trackers get figures only.
+    need matplotlib. What fails is logged, and training ends as it would have. Where the model is sharded, and a process
+    does not hold the whole vocabulary, trackers get figures only.
 
     `PriorTrainer` adds it; another `Trainer` of a `PriorPeftModel` can too.
 
@@ -59,7 +58,7 @@ class TrackingCallback(TrainerCallback):
         trackers = [one for one in self._callbacks if isinstance(one, tuple(SENDERS))]
         if not trackers or not state.is_world_process_zero:
             return
-        if AcceleratorState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if is_sharded(model):
             logger.warning("Trackers get no tables and pictures of sharded models: `priors-peft analyze` makes them")
             return
         try:

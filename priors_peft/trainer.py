@@ -23,7 +23,7 @@ from .inference.base import inference_from
 from .inference.map import choose_weight
 from .inference.point import choose_point
 from .model import PriorPeftModel
-from .sharding import share
+from .sharding import as_launched, is_sharded, prompts_as_ddp, shard_base_model, share
 from .tracking import TrackingCallback
 from .training_arguments import PriorTrainingArguments
 
@@ -61,6 +61,8 @@ class PriorTrainer(LikelihoodTrainer):
 
     lr_scheduler: Any
     optimizer: Any
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
@@ -123,6 +125,10 @@ class PriorTrainer(LikelihoodTrainer):
             **kwargs,
         )
         check_processes(self)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            shard_base_model(self)
+            # To Trainer, from here on, it is DDP.
+            self.is_deepspeed_enabled = self.is_fsdp_enabled = False
         for name in self.adapter_names:
             share(model.prompt_encoder[name], args.device)
         self.model_accepts_loss_kwargs = True
@@ -192,6 +198,17 @@ class PriorTrainer(LikelihoodTrainer):
         for encoder in map(self.model.prompt_encoder.__getitem__, self.adapter_names):
             if not encoder.is_variational:
                 encoder.posterior = encoder.point = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer`'s; what it makes of DeepSpeed or FSDP holds until the base model is sharded."""
+        with as_launched():
+            super().create_accelerator_and_postprocess()
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if training and wrapped is self.model and is_sharded(wrapped):
+            return prompts_as_ddp(wrapped, **self.accelerator.ddp_handler.to_kwargs())
+        return wrapped
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Trainer looks for the end after a step only: a run that is resumed from its last step would take one more.
@@ -295,7 +312,7 @@ class PriorTrainer(LikelihoodTrainer):
 
     def _load_best_model(self) -> None:
         name = self.model.active_adapter
-        if name == "default" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if name == "default":
             return super()._load_best_model()
         # PEFT keeps adapters of other names in subfolders, where Trainer does not look.
         self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name, is_trainable=True)

@@ -4,30 +4,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from conftest import make_model, make_tokenizer
 
 from priors_peft import PriorConfig, get_prior_model
 from priors_peft.checks import check_processes
-from priors_peft.sharding import is_sharded, share, whole_state
+from priors_peft.sharding import as_launched, is_sharded, share, whole_state
 
 
 def trainer(processes: int = 8, rows: int = 8, **settings):
     """As much of a `PriorTrainer` as the checks look at."""
-    plugin = settings.pop("plugin", None)
+    plugin, deepspeed = settings.pop("plugin", None), settings.pop("deepspeed", None)
     return SimpleNamespace(
         train_dataset=range(rows),
         args=SimpleNamespace(world_size=processes, bf16=settings.pop("bf16", False), fp16=False),
-        is_deepspeed_enabled=settings.pop("deepspeed", False),
+        is_deepspeed_enabled=deepspeed is not None,
         is_fsdp_enabled=plugin is not None,
-        adapter_names=settings.pop("adapter_names", ["default"]),
-        model=SimpleNamespace(
-            active_peft_config=PriorConfig(
-                num_virtual_tokens=4,
-                prior_weight=settings.pop("prior_weight", 1.0),
-                inference=settings.pop("inference", "map"),
+        accelerator=SimpleNamespace(
+            state=SimpleNamespace(
+                fsdp_plugin=plugin, deepspeed_plugin=SimpleNamespace(deepspeed_config=deepspeed or {})
             )
         ),
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
     )
 
 
@@ -51,10 +49,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused(eight_processes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"deepspeed": True, "adapter_names": ["a", "b"]}, "adapter_names must name one prompt"),
-        ({"deepspeed": True, "prior_weight": "auto"}, 'prior_weight must be a number .* got "auto"'),
-        ({"deepspeed": True, "inference": "svgd"}, 'inference must be "map" .* got .svgd.'),
-        ({"deepspeed": True, "bf16": True}, "bf16 and fp16 must be off under DeepSpeed and FSDP"),
+        (
+            {"deepspeed": {"optimizer": {}, "scheduler": {}}},
+            "must not name optimizer, scheduler: .* lr_scheduler_type",
+        ),
+        ({"deepspeed": {}, "bf16": True}, "bf16 and fp16 must be off under DeepSpeed and FSDP"),
         ({"plugin": SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)}, "fsdp_version 2"),
         ({"plugin": SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)}, "efficient_loading false"),
     ],
@@ -62,6 +61,18 @@ def test_processes_that_do_not_know_of_each_other_are_refused(eight_processes):
 def test_what_a_sharded_model_can_not_honour_is_refused(eight_processes, settings, message):
     with pytest.raises(ValueError, match=message):
         check_processes(trainer(**settings))
+
+
+def test_accelerate_knows_of_deepspeed_only_where_the_base_model_is_sharded(monkeypatch):
+    states = {"distributed_type": DistributedType.DEEPSPEED, "device": torch.device("cpu")}, {}
+    monkeypatch.setattr(PartialState, "_shared_state", states[0])
+    monkeypatch.setattr(AcceleratorState, "_shared_state", states[1])
+    with as_launched():  # the first trainer makes its accelerator
+        states[1].update(states[0])
+    for _ in range(2):
+        assert [state["distributed_type"] for state in states] == [DistributedType.MULTI_CPU] * 2
+        with as_launched():
+            assert [state["distributed_type"] for state in states] == [DistributedType.DEEPSPEED] * 2
 
 
 def test_every_process_gets_the_first_ones_prior_and_prompt(eight_processes, monkeypatch):

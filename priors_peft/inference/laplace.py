@@ -1,6 +1,7 @@
 """The Laplace approximation: a Gaussian about the mode, with the likelihood's curvature where there is any."""
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data import model_inputs
 from ..head import logits_of, supervised_nll
+from ..sharding import is_sharded
 from .base import Inference
 from .posterior import DirectionalPosterior
 
@@ -113,15 +115,19 @@ def fisher_gradients(trainer: "PriorTrainer", count: int) -> Tensor:
     args, rows = trainer.args, trainer.train_dataset
     # Each row once, on one of the processes, which a loader that shares rows out evenly would not do.
     own = range(args.process_index, len(rows), args.world_size)
-    batches = [own[start : start + args.train_batch_size] for start in range(0, len(own), args.train_batch_size)]
+    starts = range(0, -(-len(rows) // args.world_size), args.train_batch_size)
+    sharded = is_sharded(model)
     try:
-        for batch in tqdm(batches, "Curvature", leave=False, delay=2):
+        for start in tqdm(starts, "Curvature", leave=False, delay=2):
+            # A process without a row left goes through one again, for nothing: a sharded model needs all of them.
+            batch, weight = own[start : start + args.train_batch_size] or own[:1], float(start < len(own))
             inputs: dict[str, Any] = trainer._prepare_inputs(
                 trainer.data_collator([model_inputs(rows[row]) for row in batch])
             )
-            states, asked = model.predicting_states(
-                inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]
+            predicting_states = partial(
+                model.predicting_states, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]
             )
+            states, asked = predicting_states()
             with torch.no_grad():
                 probabilities = logits_of(base, states.detach())[0].float().softmax(-1).cpu()
             lengths = torch.bincount(asked.rows, minlength=len(batch)).tolist()
@@ -129,8 +135,11 @@ def fisher_gradients(trainer: "PriorTrainer", count: int) -> Tensor:
             drawn = [_drawn_answers(one, count, args.seed * 1_000_003 + row) for row, one in of_row]
             answers, signs = (torch.cat(parts, 1).to(states.device) for parts in zip(*drawn, strict=True))
             for draw in range(count):
+                if draw and sharded:  # the hooks of its graph are good for one backward pass
+                    states, _ = predicting_states()
                 nll = supervised_nll(base, states[0], answers[draw])
-                total[draw] += torch.autograd.grad(nll, coordinate, signs[draw], retain_graph=draw < count - 1)[0]
+                keep = draw < count - 1 and not sharded
+                total[draw] += torch.autograd.grad(nll, coordinate, weight * signs[draw], retain_graph=keep)[0]
     finally:
         model.train(training)
     return trainer.accelerator.reduce(total, "sum")

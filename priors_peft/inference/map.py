@@ -87,6 +87,7 @@ def _held_out_loss(trainer: "PriorTrainer", train: Any, test: Any) -> float:
     args = copy.copy(trainer.args)
     args.save_strategy, args.eval_strategy, args.load_best_model_at_end = "no", "no", False
     args.report_to, args.push_to_hub = [], False
+    args.deepspeed_plugin = None  # accelerate has it, and takes none twice
     trial = type(trainer)(
         model=trainer.model,
         args=args,

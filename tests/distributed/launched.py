@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from priors_peft.commands import train
 from priors_peft.commands.arguments import ModelArguments, PromptArguments, TaskArguments, parse
+from priors_peft.sharding import as_launched
 from priors_peft.trainer import PriorTrainer
 
 
@@ -80,10 +81,13 @@ def checks(trainer: Trainer) -> dict:
         pad_token_id=0,
     )
     plugin = getattr(state, "fsdp_plugin", None)
+    with as_launched():
+        launched = str(state.distributed_type.value)
+        zero_stage = state.deepspeed_plugin.zero_stage if state.deepspeed_plugin else None
     return {
         "world_size": trainer.args.world_size,
-        "type": str(state.distributed_type.value),
-        "zero_stage": state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
+        "type": launched,
+        "zero_stage": zero_stage,
         "fsdp_version": plugin.fsdp_version if isinstance(plugin, FullyShardedDataParallelPlugin) else None,
         "held": sum(getattr(part, "ds_tensor", getattr(part, "_local_tensor", part)).numel() for part in parameters),
         "all": sum(getattr(part, "ds_numel", part.numel()) for part in parameters),
@@ -112,10 +116,9 @@ def draws_of_all(trainer: Trainer) -> dict:
 
 
 def main(folder: Path, arguments: list[str]) -> None:
-    for name, settings in json.loads(os.environ.get("POSTERIORS", "{}")).items():
-        flags = [*arguments, "--inference", name, "--inference_kwargs", json.dumps(settings)]
-        flags += ["--push_to_hub", "false", "--report_to", "none"]
-        run(first_of_two(folder / name, [*flags, "--prior_weight", "0.1"], draws_of_all))
+    for name, flags in json.loads(os.environ.get("RUNS", "{}")).items():
+        flags = [*arguments, *flags, "--push_to_hub", "false", "--report_to", "none"]
+        run(first_of_two(folder / name, flags, draws_of_all))
     # The last run ends as users' do.
     train.main(first_of_two(folder, arguments, checks))
 
