@@ -10,6 +10,7 @@ output is not repeated.
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,29 @@ def rescale(model: Any, factor: float) -> None:
         layer.mlp.down_proj.weight.mul_(factor)
 
 
+def short_training(
+    model: Any, tokenizer: Any, rate: float, steps: int, seed: int = 42, **settings: Any
+) -> dict[str, float]:
+    """Held-out nats per answer token after a short training, and what it took; `settings` are `PriorTrainer`'s."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = PriorTrainingArguments(
+            output_dir=folder,
+            learning_rate=rate,
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=32,
+            seed=seed,
+            save_strategy="no",
+            logging_steps=1000,
+            disable_tqdm=True,
+            report_to=[],
+        )
+        trainer = PriorTrainer(model=model, args=args, processing_class=tokenizer, **settings)
+        start = time.process_time()
+        trainer.train()
+        return {"cpu_seconds": time.process_time() - start, "nll": trainer.evaluate()["eval_loss"]}
+
+
 def run(name: str, coordinates: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """Held-out nats per answer token after a short training."""
     set_seed(0)
@@ -49,24 +73,9 @@ def run(name: str, coordinates: str, rate: float, options: argparse.Namespace) -
     task = load_task("math", num_train=4000, num_eval=128)
     config = PriorConfig(num_virtual_tokens=20, coordinates=coordinates)
     model = get_prior_model(base, config, tokenizer=tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        args = PriorTrainingArguments(
-            output_dir=folder,
-            learning_rate=rate,
-            max_steps=options.steps,
-            per_device_train_batch_size=8,
-            per_device_eval_batch_size=32,
-            save_strategy="no",
-            logging_steps=1000,
-            disable_tqdm=True,
-        )
-        trainer = PriorTrainer(
-            model=model, args=args, train_dataset=task.train, eval_dataset=task.eval, processing_class=tokenizer
-        )
-        trainer.train()
-        nll = trainer.evaluate()["eval_loss"]
+    trained = short_training(model, tokenizer, rate, options.steps, train_dataset=task.train, eval_dataset=task.eval)
     scale = base.get_input_embeddings().weight.std().item()
-    return {"model": name, "scale": scale, "coordinates": coordinates, "rate": rate, "nll": nll}
+    return {"model": name, "scale": scale, "coordinates": coordinates, "rate": rate, "nll": trained["nll"]}
 
 
 def main() -> None:

@@ -9,16 +9,15 @@ repeated.
 import argparse
 import json
 import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from learning_rates import short_training
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from transformers import set_seed
 
-from priors_peft import PriorConfig, PriorTrainer, PriorTrainingArguments, get_prior_model, load_base_model
+from priors_peft import PriorConfig, get_prior_model, load_base_model
 from priors_peft.commands.evaluate import markdown_table
 from priors_peft.evaluation import best_device
 from priors_peft.tasks import load_task
@@ -81,33 +80,13 @@ class Study:
         set_seed(seed)
         config = PriorConfig(num_virtual_tokens=20, seed=seed, inference="map", prior_weight=1.0)
         model = get_prior_model(self.base, config, tokenizer=self.tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            args = PriorTrainingArguments(
-                output_dir=folder,
-                learning_rate=rate,
-                max_steps=options.steps,
-                per_device_train_batch_size=8,
-                per_device_eval_batch_size=32,
-                seed=seed,
-                save_strategy="no",
-                logging_steps=1000,
-                disable_tqdm=True,
-                report_to=[],
-            )
-            trainer = PriorTrainer(
-                model=model,
-                args=args,
-                train_dataset=task.train,
-                eval_dataset=held_out,
-                processing_class=self.tokenizer,
-                optimizers=(optimizer_of(name, model.prompt_encoder["default"].coordinate, rate), None),
-            )
-            start = time.process_time()
-            trainer.train()
-            seconds = time.process_time() - start
-            nll = trainer.evaluate()["eval_loss"]
+        optimizer = optimizer_of(name, model.prompt_encoder["default"].coordinate, rate)
+        rows = {"train_dataset": task.train, "eval_dataset": held_out}
+        trained = short_training(
+            model, self.tokenizer, rate, options.steps, seed, optimizers=(optimizer, None), **rows
+        )
         run = {"task": module, "optimizer": name, "rate": rate, "seed": seed, "steps": options.steps}
-        return run | {"dtype": options.dtype, "nll": nll, "cpu_seconds": seconds}
+        return run | {"dtype": options.dtype} | trained
 
 
 def best_rate(lines: list[dict[str, Any]], module: str, name: str) -> float:
