@@ -22,6 +22,9 @@ class PriorTrainingArguments(TrainingArguments):
         prior_weight_schedule: How `prior_weight` changes in training, see `inference.map.weight_factor`.
         train_sampling_strategy: `"random"` if None, or `"group_by_length"` where rows must be padded (ALiBi models,
             gradient checkpointing).
+
+    Raises:
+        ValueError: A number is not positive, or there is no such schedule.
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -48,6 +51,10 @@ class PriorTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_length", "max_new_tokens", "posterior_draws"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value}: leave it out for the default")
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             # Else accelerate takes each of the launched processes for the only one.
             if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

@@ -269,6 +269,12 @@ def test_an_adapter_on_the_hub_is_analysed_by_its_id(adapter, base, hub, tmp_pat
     assert "user/adapter" in (tmp_path / "hub" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "transfer"])
+def test_batches_of_no_rows_are_refused_before_anything_is_read(command, capsys):
+    assert main([command, "nowhere", "--batch_size", "0"]) == 1
+    assert "batch_size must be an integer >= 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("package", ["py3langid", "matplotlib", "plotly", "jinja2"])
 def test_a_package_that_is_not_there_is_named_before_anything_is_computed(package, tmp_path, capsys, monkeypatch):
     found = importlib.util.find_spec

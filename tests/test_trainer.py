@@ -454,6 +454,14 @@ def test_learning_rate_is_in_prior_standard_deviations(tmp_path):
     assert make_trainer(tmp_path, learning_rate=0.01).args.learning_rate == 0.01
 
 
+@pytest.mark.parametrize(
+    "name, value", [("learning_rate", 0), ("max_length", -1), ("max_new_tokens", 0), ("posterior_draws", 0)]
+)
+def test_numbers_that_must_be_positive_are_refused_and_not_taken_for_the_default(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be > 0, got {value}: leave it out for the default"):
+        PriorTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
 def test_bad_arguments_are_refused(tmp_path):
     model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=2))
     tokenizer = make_tokenizer()

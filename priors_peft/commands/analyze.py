@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis import claims
 from ..analysis.collect import FORMAT_VERSION, analyze, public_name
-from ..analysis.common import MADE_WITH, check_installed
+from ..analysis.common import MADE_WITH, check_at_least, check_installed
 from ..analysis.on_tasks import spread
 from ..analysis.sources import base_model_of, read_sources
 from ..analysis.tokens import METRICS
@@ -50,8 +50,8 @@ class AnalysisArguments:
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, METRICS)
-        if self.num_rows < 1:
-            raise ValueError(f"num_rows must be >= 1, got {self.num_rows}")
+        check_at_least("num_rows", self.num_rows, 1)
+        check_at_least("batch_size", self.batch_size, 1)
         self.contrast = parse_object("contrast", self.contrast)
         for name, settings in self.contrast.items():
             full_name(name)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..analysis.common import check_at_least
 from ..calibration import Calibration
 from ..choices import metrics_by_likelihood
 from ..evaluation import answer, best_device
@@ -30,6 +31,10 @@ class EvaluationArguments:
         default=8, metadata={"help": "Prompts drawn from the posterior, if it is not a point"}
     )
     initial: bool = field(default=False, metadata={"help": "Measure the prompt as it was before training too"})
+
+    def __post_init__(self) -> None:
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("posterior_draws", self.posterior_draws, 1)
 
 
 def main(arguments: list[str]) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..hub.push import check_whole, files_of, push_folder
 from .arguments import parse
 from .card import CardArguments
@@ -22,6 +24,7 @@ def main(arguments: list[str]) -> None:
     folder, repo_id, args, card = parse(
         (PushArguments, CardArguments), arguments, "priors-peft push", ["folder", "repository"]
     )
+    validate_repo_id(repo_id)
     if args.dry_run:
         check_whole(Path(folder))
         files = files_of(Path(folder), repo_id, **vars(card))

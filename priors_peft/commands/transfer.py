@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.collect import FORMAT_VERSION, PACKAGES, public_name
+from ..analysis.common import check_at_least
 from ..analysis.matrix import NO_PROMPT, KeptFigures, measure_matrix, model_similarities, transfer_part
 from ..analysis.sources import Source, base_model_of, read_sources
 from ..evaluation import best_device
@@ -58,6 +59,7 @@ class TransferArguments:
     num_permutations: int = field(default=10_000, metadata={"help": "Permutations of a p-value"})
 
     def __post_init__(self) -> None:
+        check_at_least("batch_size", self.batch_size, 1)
         self.task_kwargs = {
             full_name(name): parse_object(f"task_kwargs[{name!r}]", settings)
             for name, settings in parse_object("task_kwargs", self.task_kwargs).items()

@@ -223,7 +223,7 @@ def base_licence(facts: Facts) -> dict[str, Any]:
     path: Any = Path(base, CARD) if base else None
     if facts.base_model and not (path and path.is_file()):
         path = try_to_load_from_cache(facts.base_model, CARD, revision=facts.stock.get("revision"))
-    if not isinstance(path, (str, Path)):  # None, or a mark that the repository has none
+    if not (isinstance(path, (str, Path)) and Path(path).is_file()):  # None, or a mark that the repository has none
         return {}
     try:
         data = metadata_load(path) or {}

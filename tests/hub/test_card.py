@@ -176,8 +176,9 @@ def test_the_bundled_model_is_named_by_what_it_was_made_from(tmp_path, hub):
     assert "4-bit copy" in card.text and f'from_pretrained("{BUNDLED_ORIGIN}")' in card.text
 
 
-def test_the_licence_is_the_base_models_where_its_card_is_here(adapter):
+def test_the_licence_is_the_base_models_where_its_card_is_here(adapter, caplog):
     base = adapter_base(adapter)
+    assert ModelCard(card_text(adapter)).data.license is None and not caplog.records
     for text, licence in (("license: apache-2.0", "apache-2.0"), ("license: [", None), ("a: 1", None), (None, None)):
         (base / CARD).write_text("# Base\n" if text is None else f"---\n{text}\n---\n")
         assert ModelCard(card_text(adapter)).data.license == licence

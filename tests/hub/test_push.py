@@ -247,6 +247,8 @@ def test_a_dry_run_lists_what_would_go_and_touches_nothing(adapter, hub, capsys)
     push_folder(adapter, "user/adapter")
     sizes = {name: f"{len(content):,}" for name, content in hub.files("user/adapter").items()}
     assert {name: size for size, name in listed.items()} == sizes
+    assert main(["push", str(adapter), "user/adapter/main", "--dry_run"]) == 1
+    assert "'user/adapter/main'" in capsys.readouterr().err
 
 
 def test_private_is_never_public(adapter, hub):
