@@ -59,7 +59,7 @@ SOURCES = (
 SOURCE_ROWS, SOURCE_STEPS = 1000, 60
 STOCK_RATES = (0.003, 0.01, 0.03, 0.1)
 STOCK_DEFAULT_RATE = 0.01
-HELD_OUT = 0.25
+HELD_OUT, MOST_HELD_OUT = 0.25, 64
 PATIENCE = 3
 EVALUATE_EVERY = 10
 
@@ -156,7 +156,8 @@ class Study:
             elif method == "stock default":
                 path, _ = self.stock(rows, seed, folder, STOCK_DEFAULT_RATE, "RANDOM")
             elif method == "stock tuned":
-                parts = rows.train_test_split(HELD_OUT, seed=seed)
+                held_out = min(MOST_HELD_OUT, int(HELD_OUT * size))
+                parts = rows.train_test_split(held_out, seed=seed)
                 tried = []
                 for rate in STOCK_RATES:
                     own = f"{folder}/{rate}"
@@ -207,12 +208,16 @@ class Study:
         return folders
 
     def measure(self, model: Any, task: Task) -> dict[str, float]:
-        """Held-out likelihood, calibration and the task's own metric, averaged over draws where there are any."""
+        """Held-out likelihood, calibration and the task's own metric, averaged over draws where there are any.
+
+        `alone` is what the adapter's one prompt gives, as stock PEFT reads it.
+        """
         options, figures = self.options, {}
         if isinstance(model, PriorPeftModel):
             prediction = predict(model, self.tokenizer, task.eval, options.num_draws)
             figures = {"nll": prediction.nll, "ece": prediction.calibration.error}
-            figures["nll_at_mean"] = predict(model, self.tokenizer, task.eval, 1).nll
+            alone = predict(model, self.tokenizer, task.eval, 1)
+            figures |= {"nll_alone": alone.nll, "ece_alone": alone.calibration.error}
         else:
             bare = answer(model, self.tokenizer, task.eval, 1)
             figures = {"nll": bare.nll, "ece": bare.calibration.error}
