@@ -29,12 +29,13 @@ class PriorConfig(PromptLearningConfig):
         layers: Selected layers for deep tuning: 0 is the embedding layer, l the input of decoder layer l, negative
             numbers count from the last. `"all"` (the default for deep) or a list that contains 0.
         coordinates: `"whitened"` optimises z in θ = µ + A z, `"plain"` optimises θ.
-        prior_weight: Weight of log p(θ) in the objective: 1 is the exact MAP estimate, 0 uses the prior for
-            initialization only, anything else is a tempered posterior. `"auto"`: `PriorTrainer` chooses it by
-            held-out likelihood.
+        prior_weight: Weight of log p(θ) in the objective, the posterior's temperature: 1 is Bayes' rule, 0 uses the prior
+            for initialization only, less than 1 is a colder posterior. `"auto"`: `PriorTrainer` chooses it by held-out
+            likelihood. None: what suits the algorithm, 0.03 for `"variational"`, 1 for `"map"`.
         inference: How the posterior is found (`priors_peft.inference`): `"map"`, its mode; `"variational"`, the nearest
             Gaussian; `"laplace"`, the Gaussian about the mode; `"sghmc"`, draws of a Markov chain; `"svgd"`, particles
-            that keep apart.
+            that keep apart. None: `"variational"` for a soft prompt under a `"structured"` or `"gaussian"` prior, where it
+            was measured (docs/evidence.md), unless `prior_weight` is given or `coordinates` are plain; else `"map"`.
         inference_kwargs: Settings of that algorithm.
         seed: Seed of the initial prompt, so that every process draws the same one.
 
@@ -57,12 +58,14 @@ class PriorConfig(PromptLearningConfig):
     coordinates: Literal["whitened", "plain"] = field(
         default="whitened", metadata={"help": "whitened optimises z in θ = µ + A z, plain optimises θ"}
     )
-    prior_weight: float | Literal["auto"] = field(
-        default=1.0,
-        metadata={"help": "Weight of log p(θ): 1 MAP, 0 initialization only, else a tempered posterior; or auto"},
+    prior_weight: Any = field(
+        default=None,
+        metadata={
+            "help": "Weight of log p(θ): 1 Bayes' rule, 0 initialization only, else a tempered posterior; or auto"
+        },
     )
-    inference: str = field(
-        default="map",
+    inference: Any = field(
+        default=None,
         metadata={"help": "How the posterior is found: map, variational, laplace, sghmc or svgd"},
     )
     inference_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of that algorithm"})
@@ -77,6 +80,7 @@ class PriorConfig(PromptLearningConfig):
             "coordinates": ("whitened", "plain"),
         }.items():
             check_choice(name, getattr(self, name), allowed)
+        self._complete()
         if self.prior_weight != "auto" and not (
             isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
         ):
@@ -99,10 +103,20 @@ class PriorConfig(PromptLearningConfig):
             )
         self.peft_type = PeftType.PROMPT_TUNING if self.tuning == "soft" else PeftType.PREFIX_TUNING
 
-    def _check_posterior(self) -> None:
+    def _complete(self) -> None:
+        """Decide what was left open."""
         for name in ("prior_kwargs", "inference_kwargs"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a dict of settings, got {getattr(self, name)!r}")
+        if self.inference is None:
+            measured = (
+                self.tuning == "soft" and self.coordinates == "whitened" and self.prior in ("structured", "gaussian")
+            )
+            self.inference = "variational" if measured and self.prior_weight is None else "map"
+        if self.prior_weight is None:
+            self.prior_weight = inference_from(self.inference, self.inference_kwargs).prior_weight
+
+    def _check_posterior(self) -> None:
         if self.prior_kwargs.get("scale") == "evidence" and self.inference not in ("variational", "laplace"):
             raise ValueError(
                 f'inference must be variational or laplace for a scale by "evidence", got {self.inference!r}'

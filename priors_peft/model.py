@@ -309,13 +309,13 @@ class PriorPeftModel(AdapterModel):
         All draws run in one pass; logits are then log probabilities. Where the posterior is a point nothing changes.
 
         Args:
-            count: Number of draws.
+            count: Number of draws; 1 takes the one prompt that stands for the posterior, as outside of this context.
             seed: The same draws for the same seed.
         """
         if count < 1:
             raise ValueError(f"count must be >= 1, got {count}")
         before, is_point = self._averaged, self.prompt_encoder[self.active_adapter].posterior is None
-        self._averaged = None if is_point else (count, seed)
+        self._averaged = None if is_point or count == 1 else (count, seed)
         try:
             yield
         finally:

@@ -31,7 +31,7 @@ def test_rows_add_up_to_the_calibration_of_all_tokens():
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_evaluation_gives_the_calibration_of_what_is_predicted(tmp_path, draws):
-    trainer = make_trainer(tmp_path, config={"num_virtual_tokens": 4}, posterior_draws=draws)
+    trainer = make_trainer(tmp_path, config={"inference": "map"}, posterior_draws=draws)
     rows, encoder = addition_rows(9, start=300), trainer.model.prompt_encoder["default"]
     if draws > 1:
         encoder.posterior = GaussianPosterior.of_scale(torch.full(encoder.coordinate.shape, 0.5))

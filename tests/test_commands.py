@@ -46,7 +46,7 @@ def test_train_then_evaluate_on_a_users_file(base, rows, tmp_path, capsys):
     # Without --model: the base model is found from the adapter.
     assert main([*evaluated, "--output_file", str(figures)]) == 0
     found = json.loads(figures.read_text())
-    assert found[str(tmp_path / "out")]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
+    assert found["averaged over 8 draws"]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
     assert found["no prompt"]["nll"] != found[str(tmp_path / "out")]["nll"]
     assert "NLL (nats/token)" in capsys.readouterr().out
 
@@ -61,7 +61,7 @@ def test_evaluate_knows_the_task_and_the_rows_held_out_in_training(base, tmp_pat
     assert main(["evaluate", str(tmp_path / "out"), *data]) == 0
     kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert kept["num_rows"] == 5
-    assert kept["figures"]["this prompt"]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
+    assert kept["figures"]["averaged over 8 draws"]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
 
 
 def test_deep_training_resumes(base, rows, tmp_path):

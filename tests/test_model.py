@@ -155,11 +155,12 @@ def test_deep_prompt_replaces_hidden_states():
 
 def test_only_the_prompt_has_gradients():
     model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=TOKENS))
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["prompt_encoder.default.coordinate"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"prompt_encoder.default.coordinate", "prompt_encoder.default.posterior.rho"}
     assert model.prompt_encoder["default"].coordinate.shape == (1, TOKENS, WIDTH)
     model(**batch()).loss.backward()
     assert all(p.grad is None for p in model.base_model.parameters())
-    assert model.get_nb_trainable_parameters()[0] == TOKENS * WIDTH
+    assert model.get_nb_trainable_parameters()[0] == 2 * TOKENS * WIDTH
 
 
 @pytest.mark.parametrize("coordinates", ["plain", "whitened"])

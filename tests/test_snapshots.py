@@ -35,7 +35,7 @@ def test_a_large_prompt_is_kept_less_often():
 
 @pytest.mark.parametrize("tuning", ["soft", "deep"])
 def test_training_leaves_its_course_beside_the_adapter(tmp_path, tuning):
-    config = {"num_virtual_tokens": 4, "tuning": tuning}
+    config = {"tuning": tuning, "inference": "map"}
     trainer = make_trainer(tmp_path, config=config, max_steps=7)
     trainer.train()
     trainer.save_model()
@@ -71,7 +71,7 @@ def test_a_damaged_file_does_not_stop_a_resumed_run(tmp_path, caplog):
 def test_the_best_model_is_among_them(tmp_path):
     steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 12}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 5.0}
-    trainer = make_trainer(tmp_path, **steps, **best)
+    trainer = make_trainer(tmp_path, config={"inference": "map"}, **steps, **best)
     trainer.train()
     kept, course = read_snapshots(tmp_path / SNAPSHOTS)
     prompt = trainer.model.prompt_encoder["default"]()

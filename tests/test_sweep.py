@@ -176,7 +176,7 @@ def test_a_setting_that_an_older_version_did_not_know_counts_as_its_default(smal
     runs = sweep.read_sweep(small[0], ["--prior", "gaussian"])
     sweep.plan(tmp_path, runs, [])
     older = json.loads((tmp_path / sweep.PLANNED).read_text())
-    assert older["gaussian"].pop("inference") == "map" and older["gaussian"].pop("num_eval") == 8
+    assert older["gaussian"].pop("coordinates") == "whitened" and older["gaussian"].pop("num_eval") == 8
     write(tmp_path / sweep.PLANNED, json.dumps({"gaussian": older["gaussian"] | {"num_eval": 8}}))
     sweep.plan(tmp_path, runs, ["gaussian"])
     write(tmp_path / sweep.PLANNED, json.dumps(older))

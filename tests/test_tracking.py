@@ -17,7 +17,7 @@ from priors_peft.cli import main
 
 
 FIGURES = ["nll", "log_prob", "weight", "effective_rank", "mean_pairwise_cosine", "drift"]
-PICTURES = {"prior/geometry", "prior/projection", "prior/tokens"}
+PICTURES = {"prior/geometry", "prior/posterior", "prior/projection", "prior/tokens"}
 TABLE = "prior/nearest_tokens"
 
 

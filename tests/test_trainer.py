@@ -136,7 +136,8 @@ def test_logs_carry_the_priors_figures(tmp_path):
 
 
 def test_training_again_logs_its_own_steps(tmp_path):
-    trainer = make_trainer(tmp_path, learning_rate=1e-9, max_steps=5, logging_steps=3)
+    settings = {"learning_rate": 1e-9, "max_steps": 5, "logging_steps": 3}
+    trainer = make_trainer(tmp_path, config={"inference": "map"}, **settings)
     logged = []
     for _ in range(2):
         trainer.train()
@@ -158,7 +159,8 @@ def test_arguments_serve_several_trainers(tmp_path):
 def test_evaluation_is_exact_and_generates(tmp_path):
     tokenizer = make_tokenizer()
     metrics = answer_metrics(tokenizer, lambda answers, truth: {"exact_match": exact_match(answers, truth)})
-    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, compute_metrics=metrics, max_new_tokens=3)
+    settings = {"per_device_eval_batch_size": 4, "max_new_tokens": 3, "posterior_draws": 1}
+    trainer = make_trainer(tmp_path, compute_metrics=metrics, **settings)
     figures = trainer.evaluate()
     by_hand = answer(trainer.model, tokenizer, addition_rows(6, start=400), max_new_tokens=3, batch_size=1)
     assert figures["eval_loss"] == pytest.approx(by_hand.nll, rel=1e-5)
@@ -219,7 +221,7 @@ def test_training_on_tensors_or_a_stream_is_training_on_their_rows(tmp_path):
     for dataset in (rows, rows.with_format("torch"), rows.to_iterable_dataset()):
         found.append(train(dataset))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    with pytest.raises(ValueError, match="prior_weight must be 0 for a streamed train_dataset, got 1.0"):
+    with pytest.raises(ValueError, match="prior_weight must be 0 for a streamed train_dataset, got 0.03"):
         train(rows.to_iterable_dataset(), num_virtual_tokens=4)
 
 
@@ -262,7 +264,7 @@ def test_early_stopping_and_the_best_model(tmp_path):
 @pytest.mark.parametrize("prior", ["structured", "own"])
 def test_the_best_of_a_named_adapter_and_of_a_users_own_prior(tmp_path, prior):
     normal = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(WIDTH), 0.1), 1)
-    config = PriorConfig(num_virtual_tokens=4, prior=normal if prior == "own" else prior)
+    config = PriorConfig(num_virtual_tokens=4, prior=normal if prior == "own" else prior, inference="map")
     model = get_prior_model(make_model(), config, tokenizer=make_tokenizer(), adapter_name="sums")
     steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 12}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 5.0}

@@ -72,8 +72,13 @@ class PromptArguments:
         default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"}
     )
     coordinates: str = field(default="whitened", metadata={"help": "whitened or plain"})
-    prior_weight: str = field(default="1", metadata={"help": "1 MAP, 0 prior for initialization only; or auto"})
-    inference: str = field(default="map", metadata={"help": "map, variational, laplace, sghmc or svgd"})
+    prior_weight: str | None = field(
+        default=None,
+        metadata={"help": "1 Bayes' rule, 0 prior for initialization only; or auto; else what suits inference"},
+    )
+    inference: str | None = field(
+        default=None, metadata={"help": "map, variational, laplace, sghmc or svgd; else what suits the prior"}
+    )
     inference_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Its settings as JSON: {"num_samples": 16}'}
     )
@@ -87,7 +92,7 @@ class PromptArguments:
         self.prior_kwargs = parse_object("prior_kwargs", self.prior_kwargs)
         self.reference_kwargs = parse_object("reference_kwargs", self.reference_kwargs)
         self.inference_kwargs = parse_object("inference_kwargs", self.inference_kwargs)
-        if self.prior_weight != "auto":
+        if self.prior_weight not in (None, "auto"):
             try:
                 self.prior_weight = float(self.prior_weight)  # type: ignore[assignment]
             except ValueError:

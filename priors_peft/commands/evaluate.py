@@ -62,9 +62,9 @@ def main(arguments: list[str]) -> None:
         encoder = model.prompt_encoder["default"]
         encoder.set_prompt(encoder.initial_prompt)
         measure(model, "before training", "Before training")
-        encoder.load_state_dict(saved.encoder().state_dict())
+        saved.restore(encoder, model.active_peft_config)
     measure(model, adapter, "With prompt")
-    if model.prompt_encoder["default"].posterior is not None:
+    if model.prompt_encoder["default"].posterior is not None and args.posterior_draws > 1:
         with model.averaged(args.posterior_draws):
             measure(model, f"averaged over {args.posterior_draws} draws", "With draws")
     print(table(figures))

@@ -159,7 +159,7 @@ def collect_facts(
         learning_rates=dict(trainer.learning_rates),
         results=by_prompt(now, names),
         initial_results={} if step == 0 else by_prompt(start, names),
-        posterior_draws=None if is_point else args.posterior_draws,
+        posterior_draws=None if is_point or args.posterior_draws == 1 else args.posterior_draws,
         datasets=_hub_sources(trainer.train_dataset),
         recipe=dict(trainer.recipe),
         repo_id=trainer.hub_model_id,

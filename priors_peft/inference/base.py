@@ -30,6 +30,8 @@ class Inference:
     alone = False
     # Whether there is no posterior before `finish`: what was evaluated until then is not its.
     late = False
+    # The temperature that suits it.
+    prior_weight = 1.0
     # What suits it; None for the trainer's own.
     learning_rate: float | None = None
     # What the learning rate is multiplied by at a step of so many; None for the schedule that the arguments name.

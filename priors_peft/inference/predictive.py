@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -71,8 +71,7 @@ def predict(
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        averaged = model.averaged(count, seed) if count > 1 else nullcontext()
-        with averaged, tqdm(total=len(rows), desc="Predicting", leave=False, delay=2) as progress:
+        with model.averaged(count, seed), tqdm(total=len(rows), desc="Predicting", leave=False, delay=2) as progress:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
                 fills = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}

@@ -33,6 +33,7 @@ class Sghmc(Inference):
     """
 
     samples, alone = True, True
+    prior_weight = 0.1
     learning_rate = 0.03
 
     def __init__(

@@ -30,6 +30,7 @@ class Variational(Inference):
     """
 
     samples = True
+    prior_weight = 0.03
 
     def __init__(self, initial_scale: float = 0.1, rank: int = 0) -> None:
         if not initial_scale > 0:

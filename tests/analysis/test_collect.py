@@ -104,7 +104,7 @@ def test_the_batch_size_changes_no_figure(tmp_path):
 
 
 def test_one_adapter_has_tokens_geometry_and_projections_and_says_what_is_left_out(tmp_path):
-    found = run([save(tmp_path / "one")])
+    found = run([save(tmp_path / "one", inference="map")])
     assert found["format_version"] == FORMAT_VERSION and found["base_model"] == "org/base"
     adapter = found["adapters"][0]
     assert (adapter["tuning"], adapter["prior"], adapter["num_virtual_tokens"]) == ("soft", "gaussian", P)

@@ -101,7 +101,7 @@ def test_an_analysis_holds_the_posterior_beside_its_prior(tmp_path):
     settings = {"inference": "variational", "inference_kwargs": {"initial_scale": 0.05}}
     adapters = [
         saved(tmp_path / "narrow", gaussian(1e-4), **settings),
-        saved(tmp_path / "point"),
+        saved(tmp_path / "point", inference="map"),
         saved(tmp_path / "wide", gaussian(1.0), **settings),
     ]
     found = run(*adapters)

@@ -55,7 +55,8 @@ def train(base, folder, *flags):
 def trained(tmp_path_factory):
     """A prompt as `priors-peft train` leaves it; tests that change it take a copy."""
     place = tmp_path_factory.mktemp("trained")
-    return train(make_base(place), place / "out", "--eval_on_start", "true", "--save_steps", "2")
+    settings = ["--inference", "map", "--eval_on_start", "true", "--save_steps", "2"]
+    return train(make_base(place), place / "out", *settings)
 
 
 @pytest.fixture
@@ -103,7 +104,12 @@ def test_a_trained_prompts_card_is_valid_and_carries_its_real_results(adapter, h
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     again = ModelCard(str(card))
     assert again.data.to_dict() == card.data.to_dict()
-    for said in ("4 of 8 rows", "On 8 evaluation rows", "this prompt, before training", "It is one run"):
+    for said in (
+        "4 of 8 rows",
+        "On 8 evaluation rows",
+        "this prompt, before training",
+        "It is one run",
+    ):
         assert said in card.text
     assert f"{read_facts(adapter).num_supervised_tokens:,}" in card.text
 
@@ -135,7 +141,8 @@ def test_the_initial_prompts_results_are_those_before_training(tmp_path):
 
 def test_of_the_best_model_the_best_steps_results_are_told(tmp_path):
     tokenizer = make_tokenizer()
-    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4), tokenizer=tokenizer)
+    config = PriorConfig(num_virtual_tokens=4, inference="map")
+    model = get_prior_model(make_model(), config, tokenizer=tokenizer)
     steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 8}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 5.0}
     args = PriorTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, **steps, **best)
@@ -152,7 +159,7 @@ def test_of_the_best_model_the_best_steps_results_are_told(tmp_path):
 
 
 def test_a_saved_prompt_gets_a_card_without_what_is_unknown(tmp_path, hub):
-    card = ModelCard.load(saved(tmp_path / "a") / CARD)
+    card = ModelCard.load(saved(tmp_path / "a", inference="map") / CARD)
     card.validate()
     assert card.data.base_model == "user/base" and card.data.base_model_relation == "adapter"
     assert card.data.to_dict().keys().isdisjoint({"model-index", "datasets", "license", "language"})
