@@ -55,7 +55,11 @@ def run(name: str, module: str, settings: dict[str, Any], seed: int, steps: int,
     set_seed(seed)
     base, tokenizer = load_base_model("bundled:smollm2-135m")
     task = load_task("math", module=module, num_train=4000, num_eval=128)
-    model = get_prior_model(base, PriorConfig(num_virtual_tokens=20, seed=seed, **settings), tokenizer=tokenizer)
+    model = get_prior_model(
+        base,
+        PriorConfig(**{"num_virtual_tokens": 20, "seed": seed, "prior_weight": 1.0} | settings),
+        tokenizer=tokenizer,
+    )
     args = PriorTrainingArguments(
         output_dir=str(folder / name),
         max_steps=steps,

@@ -71,7 +71,7 @@ def run(name: str, coordinates: str, rate: float, options: argparse.Namespace) -
     if factor:
         rescale(base, float(factor))
     task = load_task("math", num_train=4000, num_eval=128)
-    config = PriorConfig(num_virtual_tokens=20, coordinates=coordinates)
+    config = PriorConfig(num_virtual_tokens=20, coordinates=coordinates, prior_weight=1.0)
     model = get_prior_model(base, config, tokenizer=tokenizer)
     trained = short_training(model, tokenizer, rate, options.steps, train_dataset=task.train, eval_dataset=task.eval)
     scale = base.get_input_embeddings().weight.std().item()

@@ -121,7 +121,9 @@ def share(dim: int) -> tuple[float, float]:
         )
     )
     prior = StructuredPrior.fit(correlated_rows(2 * dim, dim))
-    model = get_prior_model(base, PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS, prior=prior)).train()
+    model = get_prior_model(
+        base, PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS, prior=prior, prior_weight=1.0)
+    ).train()
     encoder = model.prompt_encoder["default"]
     ids = torch.randint(vocabulary, (rows, 64), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()

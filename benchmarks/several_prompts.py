@@ -21,10 +21,10 @@ MODEL, ROWS, LENGTH, VIRTUAL_TOKENS, SUPERVISED = "bundled:smollm2-135m", 8, 64,
 
 def build(count: int, options: argparse.Namespace) -> Any:
     """One model with `count` prompts."""
-    config = PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS)
+    config = PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS, prior_weight=1.0)
     model = get_prior_model(base_model(MODEL, options.device, options.dtype), config, adapter_name="0")
     for index in range(1, count):
-        model.add_adapter(str(index), PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS, seed=index))
+        model.add_adapter(str(index), PriorConfig(num_virtual_tokens=VIRTUAL_TOKENS, seed=index, prior_weight=1.0))
     for index in range(count):
         model.set_requires_grad(str(index), True)
     return model.train()

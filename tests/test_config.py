@@ -1,0 +1,37 @@
+"""What a `PriorConfig` decides where its user does not."""
+
+import pytest
+import torch
+
+from priors_peft import PriorConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "inference", "prior_weight"),
+    [
+        ({}, "variational", 0.03),
+        ({"prior": "gaussian"}, "variational", 0.03),
+        ({"inference": "variational"}, "variational", 0.03),
+        ({"inference": "sghmc"}, "sghmc", 0.1),
+        ({"inference": "laplace"}, "laplace", 1.0),
+        ({"inference": "variational", "prior_weight": 0.2}, "variational", 0.2),
+        # A weight alone is MAP's, 0 and "auto" among them.
+        ({"prior_weight": 1.0}, "map", 1.0),
+        ({"prior_weight": 0}, "map", 0),
+        ({"prior_weight": "auto"}, "map", "auto"),
+        # Where nothing else was measured, or can be.
+        ({"inference": "map"}, "map", 1.0),
+        ({"coordinates": "plain"}, "map", 1.0),
+        ({"tuning": "deep"}, "map", 1.0),
+        ({"prior": "text"}, "map", 1.0),
+        ({"prior": "exclusion"}, "map", 1.0),
+        ({"prior": torch.distributions.Normal(torch.zeros(4), 1.0)}, "map", 1.0),
+    ],
+)
+def test_what_is_left_open_is_decided_by_what_is_given(given, inference, prior_weight):
+    config = PriorConfig(num_virtual_tokens=4, **given)
+    assert (config.inference, config.prior_weight) == (inference, prior_weight)
+    again = PriorConfig(
+        num_virtual_tokens=4, **{name: config.to_dict()[name] for name in ("inference", "prior_weight")}
+    )
+    assert (again.inference, again.prior_weight) == (inference, prior_weight)
