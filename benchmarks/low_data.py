@@ -245,9 +245,11 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = []
     for key in sorted(groups, key=lambda key: (key[0], key[1], [*METHODS, *TEMPERATURES].index(key[2]))):
         group = groups[key]
-        figures = [spread([line[name] for line in group if name in line]) for name in ("nll", "ece", "cpu_seconds")]
+        names = ("nll", "nll_alone", "ece", "cpu_seconds")
+        figures = [spread([line[name] for line in group if name in line]) for name in names]
         rows.append([*map(str, key), str(len(group)), *figures])
-    return markdown_table(["task", "rows", "method", "seeds", "NLL (nats/token)", "ECE", "CPU seconds"], rows)
+    head = ["task", "rows", "method", "seeds", "NLL (nats/token)", "of one prompt", "ECE", "CPU seconds"]
+    return markdown_table(head, rows)
 
 
 def paired(lines: list[dict[str, Any]], method: str, against: str = "stock tuned") -> str:
@@ -263,15 +265,17 @@ def paired(lines: list[dict[str, Any]], method: str, against: str = "stock tuned
         ]
         if len(pairs) < 2:
             continue
-        gains = [theirs["nll"] - ours["nll"] for ours, theirs in pairs]
-        error = statistics.stdev(gains) / len(gains) ** 0.5
+        gains = [
+            [theirs["nll"] - ours.get(name, ours["nll"]) for ours, theirs in pairs] for name in ("nll", "nll_alone")
+        ]
         ece, seconds = (
             statistics.mean(ours[name] for ours, _ in pairs) / statistics.mean(theirs[name] for _, theirs in pairs)
             for name in ("ece", "cpu_seconds")
         )
-        gain = f"{statistics.mean(gains):+.3f} ± {error:.3f}"
-        rows.append([task, str(size), str(len(pairs)), gain, f"{ece:.2f}", f"{seconds:.2f}"])
-    head = ["task", "rows", "seeds", f"NLL of {against} − {method} (nats/token)", "ECE, ratio", "CPU time, ratio"]
+        told = [f"{statistics.mean(one):+.3f} ± {statistics.stdev(one) / len(one) ** 0.5:.3f}" for one in gains]
+        rows.append([task, str(size), str(len(pairs)), *told, f"{ece:.2f}", f"{seconds:.2f}"])
+    gain = f"NLL of {against} − {method} (nats/token)"
+    head = ["task", "rows", "seeds", gain, "− its one prompt", "ECE, ratio", "CPU time, ratio"]
     return markdown_table(head, rows)
 
 

@@ -51,7 +51,7 @@ def test_training_and_evaluation_run_there(tmp_path, names):
 
 @pytest.mark.parametrize("tuning", ["soft", "deep"])
 def test_a_model_whose_layers_lie_on_two_devices_gives_what_it_gives_on_one(tmp_path, tuning):
-    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, tuning=tuning))
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, tuning=tuning, prior_weight=1.0))
     batch, found = padded(rows(LENGTHS["uneven"], common=1), "right"), []
     for device in ("cpu", "cuda"):
         if device != "cpu":

@@ -55,21 +55,22 @@ def posterior(facts: "Facts") -> str | None:
         + " (variational inference)",
     }
     told = what.get(facts.config["inference"], "an algorithm of its author's") if shapes else "not in this folder"
+    held = "the draw that predicts most as their average does" if "point" in shapes else "its mean"
     return (
-        f"The posterior is {told}. The adapter holds its mean; figures “averaged over” draws are of token probabilities "
+        f"The posterior is {told}. The adapter holds {held}; figures “averaged over” draws are of token probabilities "
         "averaged over that many prompts drawn from it, as within `model.averaged(8)`."
     )
 
 
 def _shapes(facts: "Facts") -> dict[str, list[int]]:
-    """Shapes of the posterior's tensors, those first whose length is a number of draws or directions."""
+    """Shapes of the posterior's tensors, those first whose length is a number of draws or directions, and of its point."""
     from safetensors import safe_open
 
     path = facts.folder / facts.adapters[facts.name][0] / PRIOR_WEIGHTS
     if not path.is_file():
         return {}
     with safe_open(path, "pt") as tensors:
-        names = [f"posterior.{name}" for name in ("draws", "directions", "factor", "rho")]
+        names = [*(f"posterior.{name}" for name in ("draws", "directions", "factor", "rho")), "point"]
         return {name: tensors.get_slice(name).get_shape() for name in names if name in tensors.keys()}  # noqa: SIM118
 
 

@@ -1,6 +1,7 @@
 """What the posterior predicts: token probabilities averaged over prompts drawn from it, and how sure they are."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,10 +131,7 @@ def token_scores(
         Of averaged probabilities `nll` in nats, `sure`, the likeliest token's probability, and `right`, whether it is the
         target; `entropy`, and `expected`, the mean over draws of each one's, in nats.
     """
-    most = max(1, MOST_LOGITS // (len(states) * base.config.get_text_config().vocab_size))
-    if is_sharded(base):  # processes must use the head equally often
-        most = max(1, len(targets))
-    parts: dict[str, list[Tensor]] = {}
+    most, parts = _tokens_at_once(base, states), defaultdict(list)
     for chunk, wanted in zip(states.split(most, dim=1), targets.split(most), strict=True):
         log_probs = logits_of(base, chunk).float().log_softmax(-1)
         mean = mean_log_prob(log_probs) if len(log_probs) > 1 else log_probs[0]
@@ -142,8 +140,31 @@ def token_scores(
         if with_entropy:
             found |= {"entropy": _entropy(mean), "expected": _entropy(log_probs).mean(0)}
         for name, values in found.items():
-            parts.setdefault(name, []).append(values)
+            parts[name].append(values)
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def divergence_from_mean(base: PreTrainedModel, states: Tensor, count: int) -> Tensor:
+    """KL(mean of the last `count` ‖ each) of probabilities after K prompts, in nats over all tokens, shape `[K]`.
+
+    Args:
+        base: The base model, whose head is used.
+        states: Final hidden states, shape `[K, N, d]`.
+        count: Prompts that are averaged, <= K.
+    """
+    total = states.new_zeros(len(states), dtype=torch.float32)
+    for chunk in states.split(_tokens_at_once(base, states), dim=1):
+        log_probs = logits_of(base, chunk).float().log_softmax(-1)
+        mean = mean_log_prob(log_probs[-count:])
+        # Where a model rules a token out, both logarithms are infinite.
+        total += (mean.exp() * (mean - log_probs)).nan_to_num(nan=0.0).sum((1, 2))
+    return total
+
+
+def _tokens_at_once(base: PreTrainedModel, states: Tensor) -> int:
+    if is_sharded(base):  # processes must use the head equally often
+        return max(1, states.shape[1])
+    return max(1, MOST_LOGITS // (len(states) * base.config.get_text_config().vocab_size))
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
