@@ -9,6 +9,7 @@ import torch
 
 from .inference.base import inference_from
 from .model import PriorPeftModel
+from .priors import prior_family
 from .sharding import as_launched
 from .training_arguments import PriorTrainingArguments
 
@@ -98,18 +99,20 @@ def check_adapters(
 
 
 def check_checkpoint(model: PriorPeftModel, name: str, checkpoint: str | os.PathLike) -> None:
-    """Refuse to go on from the checkpoint of an algorithm that trains otherwise than the prompt's own."""
+    """Refuse to go on from a checkpoint under another prior, or of an algorithm that trains otherwise than the prompt's."""
     from .hub.adapter import PRIOR_CONFIG, read_json
 
     path = Path(checkpoint, "" if name == "default" else name, PRIOR_CONFIG)
     saved, config = read_json(path).get("config", {}) if path.is_file() else {}, model.peft_config[name]
-    begun = saved.get("inference", "map"), saved.get("inference_kwargs") or {}
-    given = config.inference, config.inference_kwargs
-    found, wanted = inference_from(*begun), inference_from(*given)
+    family = prior_family(model.prompt_encoder[name].priors[0])
+    begun = saved.get("prior", family), saved.get("inference", "map"), saved.get("inference_kwargs") or {}
+    given = family, config.inference, config.inference_kwargs
+    found, wanted = inference_from(*begun[1:]), inference_from(*given[1:])
     hooks = ("start", "prompts", "optimizer", "before_step", "step")
     alike = all(getattr(type(found), hook) is getattr(type(wanted), hook) for hook in hooks)
-    for argument, one, other in zip(("inference", "inference_kwargs"), begun, given, strict=True):
-        if one != other and (not alike or (type(found) is type(wanted) and vars(found) != vars(wanted))):
+    algorithms = not alike or (type(found) is type(wanted) and vars(found) != vars(wanted))
+    for argument, one, other in zip(("prior", "inference", "inference_kwargs"), begun, given, strict=True):
+        if one != other and (argument == "prior" or algorithms):
             raise ValueError(
                 f"{argument} must be the checkpoint's {one!r} to go on from {str(checkpoint)!r}, got {other!r}: pass "
                 f"{argument}={one!r}, or train anew in another output_dir"

@@ -1,6 +1,7 @@
 """From prompt-completion rows to token ids whose labels cover the completion only."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -31,9 +32,15 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
         Columns `input_ids`, `attention_mask` and `labels`.
 
     Raises:
-        ValueError: A column is missing, or a completion has no tokens.
+        ValueError: There are no rows, a column is missing, or a completion has no tokens.
     """
-    dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
+    if isinstance(dataset, list):
+        other = next((type(row).__name__ for row in dataset if not isinstance(row, Mapping)), None)
+        if other is not None:
+            raise ValueError(
+                f"dataset must be a datasets.Dataset or a list of rows as dictionaries, got {other} in it"
+            )
+        dataset = Dataset.from_list(dataset)
     columns = _columns(dataset)
     if {"input_ids", "labels"} <= set(columns):
         return dataset
@@ -81,7 +88,9 @@ def _columns(dataset: Any) -> list[str]:
             f"dataset must be a datasets.Dataset or a list of rows, got {type(dataset).__name__}: "
             "datasets.Dataset.from_list(list(dataset)) makes one"
         )
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns:
+        raise ValueError("dataset must hold at least one row, got none")
     if not ({"input_ids", "labels"} <= set(columns) or {"prompt", "completion"} <= set(columns)):
         raise ValueError(f"dataset must have the columns prompt and completion, got {columns}")
     return columns

@@ -57,7 +57,9 @@ def complete(config: PriorConfig, model: Any) -> list[int]:
         )
     config.num_attention_heads = text_config.num_attention_heads
     config.num_transformer_submodules = 1
-    config.task_type = config.task_type or "CAUSAL_LM"
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f'task_type must be "CAUSAL_LM", got {config.task_type!r}: only text is generated here')
+    config.task_type = "CAUSAL_LM"
     name = config.base_model_name_or_path or model.name_or_path or None
     # A path that leads out of a folder means nothing to who loads the adapter from elsewhere, and is refused there.
     config.base_model_name_or_path = os.path.abspath(name) if name and ".." in Path(name).parts else name

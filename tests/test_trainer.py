@@ -423,6 +423,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     other = make_trainer(tmp_path, config={"num_virtual_tokens": 7}, save_strategy="steps", save_steps=4)
     with pytest.raises(ValueError, match="num_virtual_tokens must be the saved adapter's 4, got 7"):
         other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="prior must be the checkpoint's 'structured' to go on from .*got 'gaussian'"):
+        make_trainer(tmp_path, config={"prior": "gaussian"}).train(resume_from_checkpoint=True)
 
 
 def test_labels_cover_the_completion_and_its_end_only():
@@ -480,6 +482,11 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="completion must not be empty, got '' in row 1"):
         rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": ""}]
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
+    for rows, message in (([], "must hold at least one row"), (["a"], "must be .* a list of rows .*, got str in it")):
+        with pytest.raises(ValueError, match=message):
+            PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
+    with pytest.raises(ValueError, match="task_type must be \"CAUSAL_LM\", got 'SEQ_CLS'"):
+        get_prior_model(make_model(), PriorConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     rows = [{"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}]
     with pytest.raises(ValueError, match="train_dataset must have supervised tokens"):
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=copy.deepcopy(rows))
