@@ -26,7 +26,8 @@ RECIPE = [
     *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "2"),
     *("--hub_model_id", "user/tuned", "--hub_strategy", "end", "--report_to", "none", "--disable_tqdm", "true"),
 ]
-TEMPERED = ["--prior_weight", "0.1", "--inference"]
+QUICK = ["--prediction_loss_only", "true"]
+TEMPERED = [*QUICK, "--prior_weight", "0.1", "--inference"]
 RUNS = {
     "variational": [
         *TEMPERED,
@@ -36,11 +37,11 @@ RUNS = {
         "--prior_kwargs",
         '{"scale": "evidence"}',
     ],
-    "laplace": [*TEMPERED, "laplace", "--inference_kwargs", '{"num_draws": 4}'],
+    "laplace": [*TEMPERED, "laplace", "--inference_kwargs", '{"num_draws": 2}'],
     "sghmc": [*TEMPERED, "sghmc", "--inference_kwargs", '{"num_samples": 2, "cycles": 1}'],
     "svgd": [*TEMPERED, "svgd", "--inference_kwargs", '{"num_particles": 2}'],
     # Trains the same model over and over.
-    "auto": ["--prior_weight", "auto"],
+    "auto": [*QUICK, "--prior_weight", "auto"],
 }
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
