@@ -285,6 +285,7 @@ STYLES = {
     "stock tuned": ("#000000", "s"),
     "map": ("#e69f00", "^"),
     "variational": ("#0072b2", "o"),
+    "its one prompt": ("#0072b2", "x"),
     "sghmc": ("#009e73", "D"),
     "laplace": ("#cc79a7", "P"),
     "text": ("#d55e00", "X"),
@@ -299,6 +300,12 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    of_prompt = [
+        line | {"method": "its one prompt", "nll": line["nll_alone"], "ece": line["ece_alone"]}
+        for line in lines
+        if line["method"] == "variational"
+    ]
+    lines = lines + of_prompt
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex=True, squeeze=False)
     labels = {"nll": "held-out NLL\n(nats per answer token)", "ece": "expected\ncalibration error"}
@@ -321,6 +328,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                         marker=marker,
                         capsize=2,
                         lw=1.2,
+                        ls=":" if method == "its one prompt" else "-",
                         ms=5,
                         label=method,
                     )

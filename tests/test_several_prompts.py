@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 CONFIGS = {
-    "seed0": {"num_virtual_tokens": 4},
+    "seed0": {"num_virtual_tokens": 4, "prior_weight": 1.0},
     "seed1": {"num_virtual_tokens": 4, "seed": 1, "prior_weight": 0.0},
     "longer": {"num_virtual_tokens": 6, "prior": "gaussian", "coordinates": "plain"},
     "deep": {"num_virtual_tokens": 4, "tuning": "deep", "layers": [0, -1]},

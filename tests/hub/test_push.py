@@ -370,14 +370,14 @@ def test_several_prompts_are_pushed_together_and_loaded_by_subfolder(tmp_path, h
 
 def test_an_empirical_prior_is_fitted_on_prompts_on_the_hub(tmp_path, hub):
     for seed in range(3):
-        tuned(seed=seed).save_pretrained(tmp_path / f"{seed}")
+        tuned(seed=seed, inference="map").save_pretrained(tmp_path / f"{seed}")
         push_folder(tmp_path / f"{seed}", f"user/p{seed}")
     names = [f"user/p{seed}" for seed in range(3)]
     config = PriorConfig(
         num_virtual_tokens=4, prior="empirical", reference="adapters", reference_kwargs={"adapters": names}
     )
     model = get_prior_model(make_model(), config)
-    prompts = torch.stack([tuned(seed=seed).prompt_encoder["default"]()[0] for seed in range(3)])
+    prompts = torch.stack([tuned(seed=seed, inference="map").prompt_encoder["default"]()[0] for seed in range(3)])
     assert torch.allclose(model.prompt_encoder["default"].priors[0].loc, prompts.mean(0), atol=1e-5)
 
 
