@@ -266,13 +266,16 @@ def paired(lines: list[dict[str, Any]], method: str, against: str = "stock tuned
         if len(pairs) < 2:
             continue
         gains = [
-            [theirs["nll"] - ours.get(name, ours["nll"]) for ours, theirs in pairs] for name in ("nll", "nll_alone")
+            [theirs["nll"] - ours[name] for ours, theirs in pairs if name in ours] for name in ("nll", "nll_alone")
         ]
         ece, seconds = (
             statistics.mean(ours[name] for ours, _ in pairs) / statistics.mean(theirs[name] for _, theirs in pairs)
             for name in ("ece", "cpu_seconds")
         )
-        told = [f"{statistics.mean(one):+.3f} ± {statistics.stdev(one) / len(one) ** 0.5:.3f}" for one in gains]
+        told = [
+            f"{statistics.mean(one):+.3f} ± {statistics.stdev(one) / len(one) ** 0.5:.3f}" if len(one) > 1 else ""
+            for one in gains
+        ]
         rows.append([task, str(size), str(len(pairs)), *told, f"{ece:.2f}", f"{seconds:.2f}"])
     gain = f"NLL of {against} − {method} (nats/token)"
     head = ["task", "rows", "seeds", gain, "− its one prompt", "ECE, ratio", "CPU time, ratio"]
@@ -303,15 +306,16 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     of_prompt = [
         line | {"method": "its one prompt", "nll": line["nll_alone"], "ece": line["ece_alone"]}
         for line in lines
-        if line["method"] == "variational"
+        if line["method"] == "variational" and "nll_alone" in line
     ]
     lines = lines + of_prompt
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex="col", squeeze=False)
     labels = {"nll": "held-out NLL\n(nats per answer token)", "ece": "expected\ncalibration error"}
     for column, task in enumerate(tasks):
         own = [line for line in lines if line["task"] == task]
         sizes = sorted({line["size"] for line in own})
+        apart = (sizes[-1] / sizes[0]) ** 0.012
         for axis, (figure_name, label) in zip(axes[:, column], labels.items(), strict=True):
             for offset, (method, (color, marker)) in enumerate(STYLES.items()):
                 groups = [
@@ -321,7 +325,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                 known = [(size, group) for size, group in zip(sizes, groups, strict=True) if group]
                 if known:
                     axis.errorbar(
-                        [size * 1.015 ** (offset - 3) for size, _ in known],
+                        [size * apart ** (offset - 2.5) for size, _ in known],
                         [statistics.mean(group) for _, group in known],
                         [statistics.stdev(group) if len(group) > 1 else 0 for _, group in known],
                         color=color,
@@ -334,7 +338,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                     )
             bare = [line["nll"] for line in own if line["method"] == "none"]
             if bare and figure_name == "nll":
-                axis.axhline(bare[0], color="#444444", ls="--", lw=1, label="no prompt")
+                axis.text(0.98, 0.96, f"no prompt: {bare[0]:.2f}", transform=axis.transAxes, ha="right", va="top")
             axis.set_xscale("log")
             axis.set_xticks(sizes, [str(size) for size in sizes])
             axis.minorticks_off()
