@@ -117,8 +117,6 @@ class Study:
             "report_to": [],
         } | more
 
-    # Methods: each returns a tuned model.
-
     def stock(
         self, rows: Dataset, seed: int, folder: str, rate: float, start: str, held_out: Dataset | None = None
     ) -> tuple[str, float]:
@@ -303,12 +301,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    of_prompt = [
-        line | {"method": "its one prompt", "nll": line["nll_alone"], "ece": line["ece_alone"]}
-        for line in lines
-        if line["method"] == "variational" and "nll_alone" in line
-    ]
-    lines = lines + of_prompt
+    ours = [line for line in lines if line["method"] == "variational" and "nll_alone" in line]
+    named = {"method": "its one prompt"}
+    lines = lines + [line | named | {"nll": line["nll_alone"], "ece": line["ece_alone"]} for line in ours]
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex="col", squeeze=False)
     labels = {"nll": "held-out NLL\n(nats per answer token)", "ece": "expected\ncalibration error"}
