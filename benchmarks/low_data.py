@@ -208,17 +208,18 @@ class Study:
     def measure(self, model: Any, task: Task) -> dict[str, float]:
         """Held-out likelihood, calibration and the task's own metric, averaged over draws where there are any.
 
-        `alone` is what the adapter's one prompt gives, as stock PEFT reads it.
+        `alone` is what the adapter's one prompt gives, as stock PEFT reads it; `ece_chance` what `ece` would be of
+        perfect calibration on as many tokens.
         """
         options, figures = self.options, {}
         if isinstance(model, PriorPeftModel):
-            prediction = predict(model, self.tokenizer, task.eval, options.num_draws)
-            figures = {"nll": prediction.nll, "ece": prediction.calibration.error}
+            prediction: Any = predict(model, self.tokenizer, task.eval, options.num_draws)
             alone = predict(model, self.tokenizer, task.eval, 1)
-            figures |= {"nll_alone": alone.nll, "ece_alone": alone.calibration.error}
+            figures = {"nll_alone": alone.nll, "ece_alone": alone.calibration.error}
         else:
-            bare = answer(model, self.tokenizer, task.eval, 1)
-            figures = {"nll": bare.nll, "ece": bare.calibration.error}
+            prediction = answer(model, self.tokenizer, task.eval, 1)
+        calibration = prediction.calibration
+        figures |= {"nll": prediction.nll, "ece": calibration.error, "ece_chance": calibration.chance}
         averaged = model.averaged(options.num_draws) if isinstance(model, PriorPeftModel) else nullcontext()
         few = task.eval.select(range(min(options.num_answers, len(task.eval))))
         with averaged:
@@ -243,10 +244,10 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = []
     for key in sorted(groups, key=lambda key: (key[0], key[1], [*METHODS, *TEMPERATURES].index(key[2]))):
         group = groups[key]
-        names = ("nll", "nll_alone", "ece", "cpu_seconds")
+        names = ("nll", "nll_alone", "ece", "ece_chance", "cpu_seconds")
         figures = [spread([line[name] for line in group if name in line]) for name in names]
         rows.append([*map(str, key), str(len(group)), *figures])
-    head = ["task", "rows", "method", "seeds", "NLL (nats/token)", "of one prompt", "ECE", "CPU seconds"]
+    head = ["task", "rows", "method", "seeds", "NLL (nats/token)", "of one prompt", "ECE", "by chance", "CPU seconds"]
     return markdown_table(head, rows)
 
 

@@ -1,5 +1,6 @@
 """How often the likeliest token is right, by how likely it is said to be."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,9 +27,29 @@ class Calibration:
     confidence: list[float]
     accuracy: list[float]
 
+    @property
+    def chance(self) -> float:
+        """The error to expect of as many tokens by chance alone, if they were as often right as they are sure.
+
+        With n tokens of mean confidence p in an interval, the mean absolute deviation of a binomial share
+        (De Moivre, 1730), 2 (1 - p) k Pr(k) / n with k = floor(np) + 1, weighted by n. A little more than it is where
+        confidences differ within an interval.
+        """
+        deviations = (count * _mean_deviation(count, p) for count, p in zip(self.counts, self.confidence, strict=True))
+        return sum(deviations) / max(sum(self.counts), 1)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
         return asdict(self)
+
+
+def _mean_deviation(count: int, p: float) -> float:
+    """Of a share of `count` trials that come true with probability p, from p."""
+    if not count or not 0 < p < 1:
+        return 0.0
+    k = math.floor(count * p) + 1
+    chosen = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+    return 2 * k / count * math.exp(chosen + k * math.log(p) + (count - k + 1) * math.log1p(-p))
 
 
 def calibration(confidence: Tensor, right: Tensor) -> Calibration:

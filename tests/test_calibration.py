@@ -19,6 +19,17 @@ def test_calibration_errs_by_the_gap_between_confidence_and_accuracy():
     assert found.error == pytest.approx((5 * (0.96 - 0.8) + 2 * 0.05) / 8)
 
 
+def test_chance_is_the_mean_error_of_what_is_right_as_often_as_it_is_sure():
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.cat([torch.rand(90, generator=generator), torch.full((7,), 0.999), torch.tensor([0.0, 1.0])])
+    drawn = [calibration(confidence, torch.rand(99, generator=generator) < confidence) for _ in range(2000)]
+    mean = sum(one.error for one in drawn) / len(drawn)
+    assert 1 <= drawn[0].chance / mean < 1.02
+    many = calibration(confidence.repeat(100), confidence.repeat(100) > 0.5)
+    assert many.chance == pytest.approx(drawn[0].chance / 10, rel=0.05)
+    assert calibration(torch.ones(3), torch.ones(3)).chance == 0
+
+
 def test_rows_add_up_to_the_calibration_of_all_tokens():
     generator = torch.Generator().manual_seed(0)
     confidence, rows = torch.rand(500, generator=generator), torch.randint(7, (500,), generator=generator)

@@ -71,7 +71,7 @@ def results(facts: "Facts") -> str | None:
         if any(metric.endswith("ece") for metric in metrics):
             parts.append(
                 "ECE is the expected calibration error: how far the likeliest token's probability is from how often it is "
-                "right (Guo et al., 2017)."
+                "right (Guo et al., 2017). By chance (in the diagram) is what perfect calibration would show on as many tokens."
             )
     parts.append(posterior(facts) or "")
     if calibrations(facts) and f"{RELIABILITY}.png" in facts.pictures:

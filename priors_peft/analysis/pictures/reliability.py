@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...calibration import Calibration
 from .. import claims
 from .style import COLOURS, GREY, add_legend, array, drawable, new_figure
 
@@ -18,6 +19,8 @@ _RIGHT, _OVER, _UNDER = COLOURS[0], "#EFB58A", "#86CDB4"
 
 def draw(calibrations: claims.Part) -> "Figure | None":
     """A panel for each of at most three calibrations, above it the number of tokens in each interval.
+
+    By chance is the error that perfect calibration would show on as many tokens.
 
     Args:
         calibrations: `Calibration.to_dict()` by what was measured, such as `"this prompt"`.
@@ -58,7 +61,9 @@ def _counts(axis: "Axes", name: str, one: claims.Part) -> None:
         if count:
             text = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
             axis.annotate(text, (middle, count), (0, 1), textcoords="offset points", ha="center", fontsize=6.5)
-    axis.set_title(f"{drawable(name, 40)}\nECE {one['error']:.3f}, {int(counts.sum()):,} tokens", loc="left")
+    chance = Calibration(**one).chance
+    told = f"ECE {one['error']:.3f} (by chance {chance:.3f})\n{int(counts.sum()):,} tokens"
+    axis.set_title(f"{drawable(name, 40)}\n{told}", loc="left")
     axis.margins(y=0.25)
     axis.grid(axis="x", visible=False)
 
