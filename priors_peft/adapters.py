@@ -185,7 +185,8 @@ class AdapterModel(PeftModelForCausalLM):
             model_id: A local folder or a Hub id.
             adapter_name: Name the prompt gets here.
             is_trainable: Whether to go on training it.
-            config: A changed configuration, for a different `prior_weight` say; by default the saved one.
+            config: A changed configuration, for a different `prior_weight` say; by default the saved one. `inference` and
+                `prior_weight` stay as saved where it leaves both open.
             **kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, for the Hub.
 
         Raises:

@@ -108,6 +108,8 @@ class PriorConfig(PromptLearningConfig):
         for name in ("prior_kwargs", "inference_kwargs"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a dict of settings, got {getattr(self, name)!r}")
+        # An adapter that is loaded under this configuration keeps what was left open here.
+        self.says_inference = (self.inference, self.prior_weight) != (None, None)
         if self.inference is None:
             measured = (
                 self.tuning == "soft" and self.coordinates == "whitened" and self.prior in ("structured", "gaussian")

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,15 +306,15 @@ def _checked_priors(family: str, config: PriorConfig, state: dict[str, Tensor]) 
     if config.num_layers is not None and len(config.selected_layers(config.num_layers)) != expected[0]:
         raise ValueError(f"layers must be as many as the prompt's {expected[0]}, got {config.layers!r}")
     priors = [_prior(family, config, state, index) for index in range(expected[0])]
+    for layer, (prior, prompt) in enumerate(zip(priors, state["prompt"], strict=True)):
+        held = [prior.to_prompt(state[name][layer]) for name in ("coordinate", "point") if name in state]
+        if not torch.isfinite(torch.cat([prompt, *held])).all():
+            raise ValueError(f"the prompt and its prior must be finite, got inf or nan ({family})")
     posterior = posterior_from(_posterior(state), trained=False)
     if posterior is not None:
         drawn = posterior.sample(state["coordinate"], 1)
         if tuple(drawn.shape) != (1, *expected) or not torch.isfinite(drawn).all():
             raise ValueError(f"the posterior must give finite prompts of shape {expected}, got {tuple(drawn.shape)}")
-    held = state.get("point", state["coordinate"])
-    for prior, prompt, values in zip(priors, state["prompt"], held, strict=True):
-        if not torch.isfinite(torch.cat([prompt, prior.to_prompt(values)])).all():
-            raise ValueError(f"the prompt and its prior must be finite, got inf or nan ({family})")
     return priors
 
 
@@ -361,9 +361,10 @@ def _overridden(saved: PriorConfig, config: PriorConfig) -> PriorConfig:
             raise ValueError(
                 f"{name} must be the saved adapter's {getattr(saved, name)!r}, got {getattr(config, name)!r}"
             )
-    for name in ("coordinates", "prior_weight", "inference", "inference_kwargs"):
-        setattr(saved, name, getattr(config, name))
-    return saved
+    names = ["coordinates"]
+    if config.says_inference:
+        names += ["inference", "inference_kwargs", "prior_weight"]
+    return replace(saved, **{name: getattr(config, name) for name in names})
 
 
 def _from_stock(stock: dict[str, Any], stock_path: Path, weights_path: Path, is_trainable: bool) -> SavedAdapter:

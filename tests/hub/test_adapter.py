@@ -126,6 +126,18 @@ def test_a_changed_configuration_keeps_the_prompt(tmp_path):
     assert torch.equal(again.prompt_encoder["default"].coordinate, model.prompt_encoder["default"]())
 
 
+@pytest.mark.parametrize("saved", ["map", "variational"])
+def test_a_configuration_that_leaves_the_inference_open_keeps_the_saved_one(tmp_path, saved):
+    model = tuned("soft", inference=saved, prior_weight=0.5)
+    model.save_pretrained(tmp_path)
+    config = PriorConfig(num_virtual_tokens=4)
+    again = PriorPeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True, config=config)
+    assert (again.active_peft_config.inference, again.active_peft_config.prior_weight) == (saved, 0.5)
+    config = PriorConfig(num_virtual_tokens=4, prior_weight=0.1)  # alone: MAP's
+    again = PriorPeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True, config=config)
+    assert (again.active_peft_config.inference, again.active_peft_config.prior_weight) == ("map", 0.1)
+
+
 def test_a_stock_soft_prompt_loads_without_a_prior(tmp_path):
     model = tuned("soft")
     model.save_pretrained(tmp_path)

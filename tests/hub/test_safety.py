@@ -162,10 +162,12 @@ def test_a_configuration_of_gigabytes_is_not_read(tmp_path):
         read_adapter(folder)
 
 
-def test_a_prompt_that_is_not_finite_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["prompt", "coordinate", "point"])
+def test_a_prompt_that_is_not_finite_is_refused(tmp_path, name):
     folder = write(tmp_path, contents())
     tensors = load_file(folder / PRIOR_WEIGHTS)
-    tensors["prompt"][0, 0, 0] = float("nan")
+    tensors.setdefault("point", tensors["coordinate"].clone())[0, 0, 0] = 0.5
+    tensors[name][0, 0, 0] = float("nan")
     save_file(tensors, folder / PRIOR_WEIGHTS)
     write(tmp_path / "b", {name: (folder / name).read_bytes() for name in FILES}, rehash=True)
     with pytest.raises(ValueError, match="the prompt and its prior must be finite"):
