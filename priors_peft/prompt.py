@@ -28,6 +28,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
         is_particle: Whether it stands, with others, for the posterior of another prompt, and goes when training ends.
         free_scale: Whether the scale of the priors is found with the posterior, by the evidence.
+        noise: What draws for steps of training are made of; PyTorch's own if None.
 
     Output shape: `[S, P, d]`
     """
@@ -36,6 +37,7 @@ class PriorPromptEncoder(BasePromptEncoder):
     initial_prompt: Tensor
     point: Tensor | None
     posterior: Any
+    noise: torch.Generator | None = None
 
     def __init__(
         self, priors: Sequence[Prior], coordinates: str, prompt: Tensor, posterior: Posterior | None = None
@@ -61,7 +63,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         if drawn:
             if torch.is_grad_enabled():
                 self.point = None  # chosen of a posterior that now changes
-            prompt = self.samples(1)[0] if self.is_variational else self._prompt()
+            prompt = self.samples(1, self.noise)[0] if self.is_variational else self._prompt()
             return prompt, self._log_prior(prompt) if weighted else None
         return self._prompt()
 

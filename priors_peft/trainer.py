@@ -319,10 +319,17 @@ class PriorTrainer(LikelihoodTrainer):
 
 
 class _Inferring(TrainerCallback):
-    """Tells an algorithm of the steps."""
+    """Tells an algorithm of the steps, and prompts which noise is theirs."""
 
     def __init__(self, trainer: PriorTrainer) -> None:
         self._trainer: Any = weakref.proxy(trainer)
+
+    def on_step_begin(self, args: Any, state: Any, *arguments: Any, **kwargs: Any) -> None:
+        # By the step alone: the same in a run that is resumed, on all processes, and whatever else is trained or drawn.
+        for name in self._trainer.adapter_names:
+            seed = args.seed + self._trainer.model.peft_config[name].seed
+            noise = torch.Generator().manual_seed(seed * 1_000_003 + state.global_step)
+            self._trainer.model.prompt_encoder[name].noise = noise
 
     def on_pre_optimizer_step(self, *arguments: Any, **kwargs: Any) -> None:
         self._trainer.inference.before_step(self._trainer)
@@ -333,6 +340,7 @@ class _Inferring(TrainerCallback):
     def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
         self._trainer.inference.finish(self._trainer)
         for name in self._trainer.adapter_names:
+            self._trainer.model.prompt_encoder[name].noise = None
             choose_point(self._trainer, name)
 
 

@@ -19,6 +19,8 @@ CONFIGS = {
     "seed1": {"num_virtual_tokens": 4, "seed": 1, "prior_weight": 0.0},
     "longer": {"num_virtual_tokens": 6, "prior": "gaussian", "coordinates": "plain"},
     "deep": {"num_virtual_tokens": 4, "tuning": "deep", "layers": [0, -1]},
+    "spread": {"num_virtual_tokens": 4, "inference": "variational", "inference_kwargs": {"rank": 2}},
+    "spread1": {"num_virtual_tokens": 4, "inference": "variational", "seed": 1},
 }
 RATES = {"seed1": 1.0}
 
@@ -109,7 +111,7 @@ def test_each_row_goes_with_its_own_prompt():
 
 
 def test_they_resume_to_the_last_bit(tmp_path):
-    names = ["seed0", "seed1"]
+    names = ["seed0", "seed1", "spread"]
     settings = {"save_strategy": "steps", "save_steps": 3}
     whole = train(tmp_path / "whole", names, **settings)
     train(tmp_path / "cut", names, callbacks=[StopAfter(3)], **settings)
