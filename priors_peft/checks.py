@@ -1,5 +1,6 @@
 """What `PriorTrainer` refuses, before anything is trained."""
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -103,16 +104,26 @@ def check_checkpoint(model: PriorPeftModel, name: str, checkpoint: str | os.Path
     from .hub.adapter import PRIOR_CONFIG, read_json
 
     path = Path(checkpoint, "" if name == "default" else name, PRIOR_CONFIG)
-    saved, config = read_json(path).get("config", {}) if path.is_file() else {}, model.peft_config[name]
-    family = prior_family(model.prompt_encoder[name].priors[0])
-    begun = saved.get("prior", family), saved.get("inference", "map"), saved.get("inference_kwargs") or {}
-    given = family, config.inference, config.inference_kwargs
-    found, wanted = inference_from(*begun[1:]), inference_from(*given[1:])
+    described, config = read_json(path) if path.is_file() else {}, model.peft_config[name]
+    saved, family = described.get("config", {}), prior_family(model.prompt_encoder[name].priors[0])
+    # What a prior that was loaded had been fitted on its configuration no longer tells.
+    source = next((origin.source for origin in model.provenance.get(name, [])), None)
+    settings = json.loads(json.dumps(config.prior_kwargs))
+    begun = [
+        saved.get("prior", family),
+        saved.get("prior_kwargs", settings),
+        next((origin["source"] for origin in described.get("reference", [])), source),
+        saved.get("inference", "map"),
+        saved.get("inference_kwargs") or {},
+    ]
+    given = [family, settings, source, config.inference, config.inference_kwargs]
+    found, wanted = inference_from(*begun[-2:]), inference_from(*given[-2:])
     hooks = ("start", "prompts", "optimizer", "before_step", "step")
     alike = all(getattr(type(found), hook) is getattr(type(wanted), hook) for hook in hooks)
     algorithms = not alike or (type(found) is type(wanted) and vars(found) != vars(wanted))
-    for argument, one, other in zip(("prior", "inference", "inference_kwargs"), begun, given, strict=True):
-        if one != other and (argument == "prior" or algorithms):
+    arguments = ("prior", "prior_kwargs", "reference", "inference", "inference_kwargs")
+    for argument, one, other in zip(arguments, begun, given, strict=True):
+        if one != other and (algorithms or not argument.startswith("inference")):
             raise ValueError(
                 f"{argument} must be the checkpoint's {one!r} to go on from {str(checkpoint)!r}, got {other!r}: pass "
                 f"{argument}={one!r}, or train anew in another output_dir"

@@ -425,6 +425,26 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
         other.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="prior must be the checkpoint's 'structured' to go on from .*got 'gaussian'"):
         make_trainer(tmp_path, config={"prior": "gaussian"}).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="prior_kwargs must be the checkpoint's {} to go on .*got {'shrinkage': 0.5}"):
+        make_trainer(tmp_path, config={"prior_kwargs": {"shrinkage": 0.5}}).train(resume_from_checkpoint=True)
+    activations = {"reference": "activations", "reference_kwargs": {"data": addition_rows(64)}}
+    with pytest.raises(ValueError, match="reference must be the checkpoint's 'vocabulary' .*got 'activations'"):
+        make_trainer(tmp_path, config=activations).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_was_loaded_as_a_model_is_gone_on_from(tmp_path):
+    config = {
+        "num_virtual_tokens": 4,
+        "prior_kwargs": {"shrinkage": 0.5},
+        "reference": "activations",
+        "reference_kwargs": {"data": addition_rows(64)},
+    }
+    make_trainer(tmp_path, config=config, save_strategy="steps", save_steps=4).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    loaded = PriorPeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True)
+    trainer = make_trainer(tmp_path, model=loaded, max_steps=5)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 5
 
 
 def test_labels_cover_the_completion_and_its_end_only():
