@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .inference.base import inference_from
 from .model import PriorPeftModel
@@ -100,9 +101,13 @@ def check_adapters(
 
 
 def check_checkpoint(model: PriorPeftModel, name: str, checkpoint: str | os.PathLike) -> None:
-    """Refuse to go on from a checkpoint under another prior, or of an algorithm that trains otherwise than the prompt's."""
+    """Refuse to go on from half a checkpoint, one under another prior, or of an algorithm that trains otherwise."""
     from .hub.adapter import PRIOR_CONFIG, read_json
 
+    if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r} without {TRAINER_STATE_NAME}"
+        )
     path = Path(checkpoint, "" if name == "default" else name, PRIOR_CONFIG)
     described, config = read_json(path) if path.is_file() else {}, model.peft_config[name]
     saved, family = described.get("config", {}), prior_family(model.prompt_encoder[name].priors[0])

@@ -1,6 +1,7 @@
 """Training under a prior: `PriorTrainer`."""
 
 import copy
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from .callback import PriorCallback, suffix, weight_at
 from .checks import check_adapters, check_checkpoint, check_options, check_processes, check_types
 from .data import IGNORED, count_supervised_tokens, tokenize
 from .evaluating import LikelihoodTrainer
-from .files import check_writable
+from .files import check_writable, write_json
+from .hub.reading import read_json
 from .inference.base import inference_from
 from .inference.map import choose_weight
 from .inference.point import choose_point
@@ -28,6 +30,10 @@ from .tracking import TrackingCallback
 from .training_arguments import PriorTrainingArguments
 
 
+logger = logging.getLogger(__name__)
+
+# In `output_dir`: the checkpoints that an earlier run left there.
+EARLIER = ".earlier_checkpoints.json"
 # The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale.
 WHITENED_LEARNING_RATE = 0.3
 
@@ -181,6 +187,8 @@ class PriorTrainer(LikelihoodTrainer):
             config.prior_weight = choose_weight(self)
         self._nll, self._logged_step = 0.0, None
         self._begin()
+        if not resume_from_checkpoint and self.args.should_save:
+            _pass_over_checkpoints(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _begin(self) -> None:
@@ -345,16 +353,36 @@ class _Inferring(TrainerCallback):
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The last checkpoint that was written to its end (`trainer_state.json` comes last), or None.
+    """The last checkpoint of the run that was begun last, written to its end (`trainer_state.json` comes last), or None.
 
     By time, as those of an earlier run in the folder may have higher steps; by step where all are of one second.
     """
+    path, times = Path(folder, EARLIER), _times_of_checkpoints(folder)
+    earlier = read_json(path) if path.is_file() else {}
+    own = {name: time for name, time in times.items() if earlier.get(name) != time}
+    if times and not own:
+        logger.warning(
+            "%s holds no checkpoint of the run that was begun last; %s is of a run before it. To go on from that one pass "
+            "it as resume_from_checkpoint",
+            folder,
+            max(times, key=lambda name: times[name]),
+        )
+    told = bool(own) and max(own.values()) - min(own.values()) >= 1
+    order = sorted(own, key=lambda name: (own[name] if told else 0, int(name.split("-")[-1])))
+    return str(Path(folder, order[-1])) if order else None
+
+
+def _times_of_checkpoints(folder: str | os.PathLike) -> dict[str, float]:
     paths = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    states = {path: path / TRAINER_STATE_NAME for path in paths}
-    times = {path: state.stat().st_mtime for path, state in states.items() if state.is_file()}
-    told = bool(times) and max(times.values()) - min(times.values()) >= 1
-    order = sorted(times, key=lambda path: (times[path] if told else 0, int(path.name.split("-")[-1])))
-    return str(order[-1]) if order else None
+    states = {path.name: path / TRAINER_STATE_NAME for path in paths}
+    return {name: state.stat().st_mtime for name, state in states.items() if state.is_file()}
+
+
+def _pass_over_checkpoints(folder: str | os.PathLike) -> None:
+    """Have `last_checkpoint` know those that are there now, by name and time, as an earlier run's."""
+    times = _times_of_checkpoints(folder)
+    if times:
+        write_json(Path(folder, EARLIER), times)
 
 
 def _learning_rate(model: PriorPeftModel, name: str) -> float:

@@ -64,13 +64,16 @@ def test_evaluate_knows_the_task_and_the_rows_held_out_in_training(base, tmp_pat
     assert kept["figures"]["averaged over 8 draws"]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
 
 
-def test_deep_training_resumes(base, rows, tmp_path):
+def test_deep_training_resumes(base, rows, tmp_path, capsys):
     flags = ("--tuning", "deep", "--layers", "0,-1", "--save_steps", "1", "--prior_kwargs", '{"shrinkage": 0.5}')
     assert train(base, rows, tmp_path / "out", *flags) == 0
     described = json.loads((tmp_path / "out" / "prior_config.json").read_text())["config"]
     assert described["layers"] == [0, -1] and described["prior_kwargs"] == {"shrinkage": 0.5}
     assert train(base, rows, tmp_path / "out", *flags, "--max_steps", "5", "--resume") == 0
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 5
+    other = str(tmp_path / "out" / "checkpoint-9")
+    assert train(base, rows, tmp_path / "out", *flags, "--resume_from_checkpoint", other) == 1
+    assert f"resume_from_checkpoint must be a whole checkpoint, got {other!r}" in capsys.readouterr().err
 
 
 def test_train_without_evaluation_rows(base, rows, tmp_path):

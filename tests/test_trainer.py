@@ -418,6 +418,27 @@ def test_a_later_run_in_one_folder_goes_on_from_its_own_checkpoints(tmp_path):
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
 
 
+def test_a_run_that_died_before_its_first_checkpoint_does_not_go_on_from_an_earlier_runs(tmp_path, caplog):
+    class DieAfter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, **settings).train()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path, callbacks=[DieAfter()], **settings).train()
+        assert last_checkpoint(tmp_path) is None
+    assert "holds no checkpoint of the run that was begun last; checkpoint-" in caplog.text
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+    # Whoever names one goes on from it, and then from its successors.
+    make_trainer(tmp_path, max_steps=6, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-6"
+    make_trainer(tmp_path, max_steps=2, **settings).train()
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
     other = make_trainer(tmp_path, config={"num_virtual_tokens": 7}, save_strategy="steps", save_steps=4)

@@ -105,7 +105,7 @@ def train(
     trainer.recipe = recipe
     if args.should_save:
         write_json(Path(args.output_dir, TASK_FILE), task_facts(task_arguments, task))
-    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    checkpoint = args.resume_from_checkpoint or (last_checkpoint(args.output_dir) if args.resume else None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.log_metrics("train", result.metrics)
 

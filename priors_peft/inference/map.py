@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from .base import Inference
@@ -82,25 +83,23 @@ def choose_weight(trainer: "PriorTrainer") -> float:
 
 
 def _held_out_loss(trainer: "PriorTrainer", train: Any, test: Any) -> float:
-    from ..callback import PriorCallback
-
     args = copy.copy(trainer.args)
     args.save_strategy, args.eval_strategy, args.load_best_model_at_end = "no", "no", False
     args.report_to, args.push_to_hub = [], False
     args.deepspeed_plugin = None  # accelerate has it, and takes none twice
-    trial = type(trainer)(
-        model=trainer.model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=trainer.processing_class,
-        data_collator=trainer.data_collator,
-    )
-    # Its snapshots would take the place of the real training's.
-    trial.remove_callback(PriorCallback)
-    try:
-        trial.train()
-    except FloatingPointError:
-        return math.inf
-    loss = trial.evaluate()["eval_loss"]
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder
+        trial = type(trainer)(
+            model=trainer.model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=trainer.processing_class,
+            data_collator=trainer.data_collator,
+        )
+        try:
+            trial.train()
+        except FloatingPointError:
+            return math.inf
+        loss = trial.evaluate()["eval_loss"]
     return loss if math.isfinite(loss) else math.inf
