@@ -9,7 +9,7 @@ from typing import Any
 from ..files import atomic_path
 from .adapter import ADAPTER_CONFIG, PRIOR_CONFIG, PRIOR_WEIGHTS, TASK_FILE, read_json
 from .base_model import BUNDLED
-from .facts import TrainingFacts, public_name, read_facts
+from .facts import TRAINING, TrainingFacts, public_name, read_facts
 from .markdown import plain, scrub, slug
 from .reading import hash_of
 
@@ -113,19 +113,24 @@ def read_folder(folder: str | os.PathLike, repo_id: str | None = None) -> Facts:
 def adapters_in(folder: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
     """The adapter at a folder's root and those in its subfolders, as `save_pretrained` leaves them.
 
+    A subfolder with facts of a training of its own is no part of this one.
+
     Raises:
         FileNotFoundError: There is none.
     """
-    found = {}
+    found, runs = {}, []
     inner = sorted(path for path in folder.glob("*/") if not path.name.startswith((".", "checkpoint-")))
     for place in [folder, *inner]:
-        if (place / ADAPTER_CONFIG).is_file():
-            own = "" if place == folder else place.name
+        own = "" if place == folder else place.name
+        if own and (place / TRAINING).is_file() and (place / ADAPTER_CONFIG).is_file():
+            runs.append(own)
+        elif (place / ADAPTER_CONFIG).is_file():
             found[own or "default"] = own, read_json(place / ADAPTER_CONFIG), _read(place / PRIOR_CONFIG)
     if not found:
+        below = f"; it holds the runs {', '.join(runs)}, each an adapter of its own" if runs else ""
         raise FileNotFoundError(
             f"the folder must hold an adapter, got {str(folder)!r} without {ADAPTER_CONFIG}: give the output_dir of "
-            "`priors-peft train`, or what save_pretrained wrote"
+            f"`priors-peft train`, or what save_pretrained wrote{below}"
         )
     return found
 

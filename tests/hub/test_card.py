@@ -23,7 +23,7 @@ from priors_peft.commands.train import TrainingArguments
 from priors_peft.files import write_json
 from priors_peft.hub.adapter import TASK_FILE
 from priors_peft.hub.base_model import BUNDLED, BUNDLED_ORIGIN
-from priors_peft.hub.card import ANALYSIS, CARD, MARK, card_text, write_card
+from priors_peft.hub.card import ANALYSIS, CARD, MARK, adapters_in, card_text, write_card
 from priors_peft.hub.facts import TRAINING, TrainingFacts, collect_facts, read_facts
 from priors_peft.priors import prior_class, prior_names
 from priors_peft.tasks import load_task
@@ -402,6 +402,17 @@ def test_runs_trained_together_are_told_with_their_spread(tmp_path, hub):
     assert f"mean ± standard deviation | {statistics.mean(losses):.4g} ± {statistics.stdev(losses):.2g} |" in card.text
     assert "2 soft prompts" in card.text and 'subfolder="s0"' in card.text
     assert "It is one run" not in card.text
+
+
+def test_runs_below_a_folder_are_adapters_of_their_own(adapter, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for run in ("a", "b"):
+        shutil.copytree(adapter, runs / run)
+    assert main(["card", str(runs)]) == 1
+    assert f"must hold an adapter, got {str(runs)!r} without adapter_config.json" in (said := capsys.readouterr().err)
+    assert "it holds the runs a, b, each an adapter of its own" in said and not (runs / CARD).exists()
+    shutil.copytree(runs / "b", runs / "a" / "b")
+    assert list(adapters_in(runs / "a")) == ["default"]
 
 
 def test_data_sets_that_rows_were_loaded_from_are_named(tmp_path):
