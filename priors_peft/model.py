@@ -202,9 +202,9 @@ class PriorPeftModel(AdapterModel):
         self, prompts: dict[str, Prompt], text: Text, supervision: Supervision | None
     ) -> tuple[dict[Any, Prompt], Text, Supervision | None, int]:
         """Within `averaged`, the batch once for each draw: its rows over and over, each time after other draws."""
-        if self._averaged is None or self.training:
+        if self.training or not self._averages(*prompts):
             return dict(prompts), text, supervision, 1
-        count, size = self._averaged[0], text.batch_size
+        count, size = self._averaged[0], text.batch_size  # type: ignore[index]
         drawn = {
             (name, number): replace(prompt, theta=theta, rows=[row + number * size for row in prompt.rows])
             for name, prompt in prompts.items()
@@ -212,6 +212,10 @@ class PriorPeftModel(AdapterModel):
         }
         supervision = None if supervision is None else supervision.repeated(count, size)
         return drawn, text.repeated(count), supervision, count
+
+    def _averages(self, *names: str) -> bool:
+        """Whether a batch of these prompts is averaged over draws."""
+        return self._averaged is not None and any(self.prompt_encoder[name].posterior is not None for name in names)
 
     def _draws(self, name: str) -> Tensor:
         count, seed = self._averaged or (1, 0)
@@ -314,8 +318,7 @@ class PriorPeftModel(AdapterModel):
         """
         if count < 1:
             raise ValueError(f"count must be >= 1, got {count}")
-        before, is_point = self._averaged, self.prompt_encoder[self.active_adapter].posterior is None
-        self._averaged = None if is_point or count == 1 else (count, seed)
+        before, self._averaged = self._averaged, None if count == 1 else (count, seed)
         try:
             yield
         finally:
@@ -357,12 +360,12 @@ class PriorPeftModel(AdapterModel):
             return base.generate(inputs, **kwargs)
         prompt, caches = self.prompt(self.active_adapter), []
         if self._concatenates(self.training):
-            if self._averaged is not None:
+            if self._averages(self.active_adapter):
                 raise ValueError(
                     f"draws can't be averaged in generation by {type(base).__name__}, whose prompt leaves no key/value "
                     "cache: call generate outside of averaged, for the one prompt that stands for the posterior"
                 )
-        elif self._averaged is None:
+        elif not self._averages(self.active_adapter):
             caches = [self._state(self.active_adapter, prompt).cache]
         else:
             drawn = [replace(prompt, theta=theta) for theta in self._draws(self.active_adapter)]
