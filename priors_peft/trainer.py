@@ -94,14 +94,15 @@ class PriorTrainer(LikelihoodTrainer):
             check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
         self.adapter_names = list(adapter_names or [model.active_adapter])
         check_adapters(model, self.adapter_names, learning_rates, args)
-        config = model.peft_config[self.adapter_names[0]]
-        self.inference = inference_from(config.inference, config.inference_kwargs)
+        kinds = [
+            inference_from(of.inference, of.inference_kwargs) for of in map(model.peft_config.get, self.adapter_names)
+        ]
+        # Several prompts are points or variational; points ask for nothing.
+        self.inference = next((kind for kind in kinds if kind.samples), kinds[0])
         usual = args.learning_rate or self.inference.learning_rate
         rates = {name: usual or _learning_rate(model, name) for name in self.adapter_names}
         self.learning_rates = rates | (learning_rates or {})
         args.learning_rate = self.learning_rates[self.adapter_names[0]]
-        for name in model.peft_config:
-            model.set_requires_grad(name, name in self.adapter_names)
         if args.train_sampling_strategy is None:
             packs = model.packs(training=True) and not args.gradient_checkpointing
             streams = train_dataset is not None and not hasattr(train_dataset, "__len__")
@@ -182,6 +183,11 @@ class PriorTrainer(LikelihoodTrainer):
                 )
         for name in self.adapter_names if resume_from_checkpoint else ():
             check_checkpoint(self.model, name, str(resume_from_checkpoint))
+        # Only now: another trainer of the same model may have trained others in between.
+        if self.model.active_adapter not in self.adapter_names:
+            self.model.active_adapter = self.adapter_names[0]
+        for name in self.model.peft_config:
+            self.model.set_requires_grad(name, name in self.adapter_names)
         config = self.model.peft_config[self.adapter_names[0]]
         if config.prior_weight == "auto":
             config.prior_weight = choose_weight(self)

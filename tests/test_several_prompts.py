@@ -1,5 +1,7 @@
 """Prompts that are trained at once become what they would have become alone."""
 
+import copy
+
 import pytest
 import torch
 from conftest import addition_rows, make_model, make_tokenizer
@@ -20,7 +22,12 @@ CONFIGS = {
     "longer": {"num_virtual_tokens": 6, "prior": "gaussian", "coordinates": "plain"},
     "deep": {"num_virtual_tokens": 4, "tuning": "deep", "layers": [0, -1]},
     "spread": {"num_virtual_tokens": 4, "inference": "variational", "inference_kwargs": {"rank": 2}},
-    "spread1": {"num_virtual_tokens": 4, "inference": "variational", "seed": 1},
+    "evidence": {
+        "num_virtual_tokens": 4,
+        "inference": "variational",
+        "prior_kwargs": {"scale": "evidence"},
+        "seed": 1,
+    },
 }
 RATES = {"seed1": 1.0}
 
@@ -122,6 +129,41 @@ def test_they_resume_to_the_last_bit(tmp_path):
     whole.save_model()
     again = PriorPeftModel.from_pretrained(make_model(), tmp_path / "whole" / "seed1")
     assert torch.equal(again.prompt_encoder["default"](), prompts(whole)["seed1"])
+
+
+@pytest.mark.parametrize("config", [{}, {"prior_weight": "auto"}, {"inference": "sghmc"}])
+def test_a_prompt_that_is_not_the_active_one_is_trained_as_alone(tmp_path, monkeypatch, config):
+    monkeypatch.setitem(CONFIGS, "other", {"num_virtual_tokens": 4, "seed": 2, **config})
+    alone, model = train(tmp_path, ["other"]), model_with(["seed1", "other"])
+    before = copy.deepcopy(model.prompt_encoder["seed1"].state_dict())
+    trainers = [
+        PriorTrainer(model, alone.args, addition_rows(16), processing_class=make_tokenizer(), adapter_names=[name])
+        for name in ("other", "seed1")
+    ]
+    trainers[0].train()
+    assert_close(prompts(trainers[0])["other"], prompts(alone)["other"], 1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in model.prompt_encoder["seed1"].state_dict().items())
+    assert model.peft_config["seed1"].prior_weight == 0.0 and model.active_adapter == "other"
+
+
+@pytest.mark.parametrize("names", [["seed0", "evidence"], ["evidence", "seed0"]])
+def test_the_scale_of_most_evidence_is_found_beside_a_mode(tmp_path, names):
+    together, alone = train(tmp_path, names), train(tmp_path, ["evidence"])
+    found, expected = (one.model.prompt_encoder["evidence"].priors[0].scale_tril for one in (together, alone))
+    assert_close(found, expected, 1e-4)
+
+
+def test_rows_of_another_than_the_active_prompt_are_averaged_over_its_draws():
+    model = model_with(["seed0", "spread"]).eval()
+    ids = torch.randint(3, 90, (2, 5), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for active in ("seed0", "spread"):
+        model.active_adapter = active
+        with torch.no_grad(), model.averaged(4):
+            losses.append(model(input_ids=ids, labels=ids, adapter_names=["spread"] * 2).loss)
+    assert torch.equal(*losses)
+    with torch.no_grad():
+        assert losses[0] != model(input_ids=ids, labels=ids).loss
 
 
 def test_answers_are_measured_for_each(tmp_path):

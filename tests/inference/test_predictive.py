@@ -110,6 +110,7 @@ def test_the_best_state_comes_back_with_its_own_posterior(tmp_path, config):
         max_steps=8,
         learning_rate=30.0,
         max_grad_norm=0.0,
+        seed=0,
     )
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
