@@ -117,8 +117,9 @@ class HamiltonianMonteCarlo(Optimizer):
         is_noisy: Callable[[], bool] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "friction": friction, "scale": scale, "step": 0})
-        self._is_noisy, self._seed = is_noisy, seed
+        super().__init__(params, {"lr": lr, "friction": friction, "step": 0})
+        # None of a checkpoint's: a chain that goes on with another temperature or other data has its own energy.
+        self._scale, self._is_noisy, self._seed = scale, is_noisy, seed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -137,7 +138,7 @@ class HamiltonianMonteCarlo(Optimizer):
                     continue
                 state = self.state[parameter]
                 velocity: Tensor = state.setdefault("velocity", torch.zeros_like(parameter))
-                velocity.mul_(1 - friction).sub_(parameter.grad, alpha=variance * group["scale"])
+                velocity.mul_(1 - friction).sub_(parameter.grad, alpha=variance * self._scale)
                 if noisy:
                     noise = torch.randn(velocity.shape, generator=generator).to(velocity)
                     velocity.add_(noise, alpha=math.sqrt(2 * friction * variance))

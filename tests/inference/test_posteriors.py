@@ -140,6 +140,18 @@ def test_hamiltonian_and_langevin_dynamics_stay_in_the_posterior(friction):
     assert close(chains.detach().T.cov(), toy.covariance, 0.12)
 
 
+def test_a_chain_goes_on_at_the_temperature_it_is_given_not_the_checkpoints():
+    chain = torch.zeros(3, requires_grad=True)
+    begun, given = (
+        HamiltonianMonteCarlo([chain], lr=0.1, friction=0.5, scale=scale, is_noisy=lambda: False)
+        for scale in (1.0, 2.0)
+    )
+    given.load_state_dict(begun.state_dict())
+    chain.grad = torch.ones(3)
+    given.step()
+    assert torch.allclose(chain, torch.full((3,), -0.02))
+
+
 def test_draws_are_bounded_in_number_and_fall_in_the_noisy_part_of_each_cycle():
     sampler = Sghmc(num_samples=7, cycles=2)
     kept = sampler.kept_steps(100)
