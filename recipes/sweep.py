@@ -38,7 +38,7 @@ from priors_peft.names import unknown
 RESULTS, PLANNED = "results.jsonl", "sweep.json"
 PROG = "python recipes/sweep.py"
 # Of evaluation, besides what training depends on.
-EVALUATION = ("prediction_loss_only", "eval_on_start")
+EVALUATION = ("prediction_loss_only", "eval_on_start", "posterior_draws")
 
 
 @dataclass

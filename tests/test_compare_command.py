@@ -11,6 +11,7 @@ from conftest import SUPERGLUE_KWARGS, addition_rows, make_model, make_tokenizer
 from datasets import Dataset
 
 from priors_peft import PriorConfig, get_prior_model, load_base_model
+from priors_peft.analysis.compare import name_runs
 from priors_peft.analysis.sources import read_sources
 from priors_peft.cli import main
 from priors_peft.commands.compare import ComparisonArguments, activations, load_rows, read_run
@@ -139,6 +140,17 @@ def test_a_text_prior_is_one_arm_whatever_its_tasks_description(study, tmp_path)
         (adapter / "task.json").write_text(json.dumps(facts))
         (source,) = read_sources([str(adapter)])
         assert read_run(source).settings.get("prior_kwargs") == left
+
+
+def test_other_settings_of_an_algorithm_are_other_arms(study, tmp_path):
+    for name, settings in (("plain", {}), ("wide", {"initial_scale": 0.5})):
+        shutil.copytree(study / "out" / "runs" / "rte-gaussian-0", tmp_path / name)
+        described = json.loads((tmp_path / name / "prior_config.json").read_text())
+        described["config"] |= {"inference": "variational", "inference_kwargs": settings, "prior_weight": 0.1}
+        (tmp_path / name / "prior_config.json").write_text(json.dumps(described))
+    runs = [read_run(source) for source in read_sources([str(tmp_path / name) for name in ("plain", "wide")])]
+    name_runs(runs)
+    assert [run.prior for run in runs] == ["gaussian", "gaussian initial_scale=0.5"]
 
 
 def test_priors_of_other_data_are_other_arms_and_the_same_data_anywhere_is_one(tmp_path):

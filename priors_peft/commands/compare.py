@@ -50,6 +50,7 @@ CONFIG = (
     "coordinates",
     "prior_weight",
     "inference",
+    "inference_kwargs",
 )
 # Of a run.
 TOLD = ("name", "task", "tuning", "prior", "seed", "data", "settings", "results", "initial_results")
