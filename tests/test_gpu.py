@@ -49,6 +49,23 @@ def test_training_and_evaluation_run_there(tmp_path, names):
     assert model.prompt_encoder["default"].coordinate.device.type == "cuda"
 
 
+@pytest.mark.parametrize("inference", ["variational", "laplace", "sghmc", "svgd"])
+@pytest.mark.parametrize("settings", [{}, {"prior_kwargs": {"scale": "evidence"}}], ids=["fixed", "evidence"])
+def test_posteriors_are_found_there_and_come_back(tmp_path, inference, settings):
+    if settings and inference not in ("variational", "laplace"):
+        pytest.skip("such a scale is found by the other two")
+    config = PriorConfig(num_virtual_tokens=4, inference=inference, **settings)
+    model = get_prior_model(make_model(), config, tokenizer=make_tokenizer())
+    args = PriorTrainingArguments(output_dir=str(tmp_path), max_steps=4, save_steps=4, report_to=[])
+    rows = addition_rows(16)
+    trainer = PriorTrainer(model, args, rows, rows[:4], processing_class=make_tokenizer())
+    trainer.train()
+    trainer.save_model()
+    loss = trainer.evaluate()["eval_loss"]
+    model.load_adapter(str(tmp_path), "default")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("tuning", ["soft", "deep"])
 def test_a_model_whose_layers_lie_on_two_devices_gives_what_it_gives_on_one(tmp_path, tuning):
     model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, tuning=tuning, prior_weight=1.0))

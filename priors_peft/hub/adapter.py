@@ -198,7 +198,7 @@ class SavedAdapter:
                 f"the checkpoint must hold layers {config.selected_layers(depth)} like the model's, got "
                 f"{self.config.selected_layers(depth)}: use the configuration it was trained with"
             )
-        saved = self.encoder()
+        saved = self.encoder().to(encoder.coordinate.device)
         if encoder.coordinates != saved.coordinates or encoder.coordinate.shape != saved.coordinate.shape:
             raise ValueError(
                 f"the checkpoint must hold a {encoder.coordinates} prompt of shape {tuple(encoder.coordinate.shape)} "

@@ -69,7 +69,7 @@ def laplace_posterior(values: Tensor, directions: Tensor, precision: float = 1.0
         precision: τ of the prior.
     """
     scale = (values + precision).rsqrt()
-    return DirectionalPosterior(directions.float(), scale.float(), torch.tensor(precision**-0.5))
+    return DirectionalPosterior(directions.float(), scale.float(), scale.new_tensor(precision**-0.5).float())
 
 
 def log_evidence(

@@ -44,10 +44,10 @@ class Svgd(Inference):
         for number, particle in enumerate(names):
             encoder = first
             if particle not in model.peft_config:  # where training was stopped they are there
-                encoder = copy.deepcopy(first)
+                encoder = copy.deepcopy(first).cpu()  # draws are the same on all devices
                 encoder.is_particle = True
                 generator = torch.Generator().manual_seed(config.seed + number)
-                start = [prior.cpu().sample(config.num_virtual_tokens, generator) for prior in encoder.priors]
+                start = [prior.sample(config.num_virtual_tokens, generator) for prior in encoder.priors]
                 encoder.set_prompt(torch.stack(start))
                 model.prompt_encoder[particle] = encoder.to(first.coordinate.device)
                 model.peft_config[particle] = copy.copy(config)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
 from priors_peft.hub.adapter import PRIOR_CONFIG, PRIOR_WEIGHTS
+from priors_peft.inference.posterior import SampledPosterior
 from priors_peft.priors import GaussianPrior
 
 
@@ -115,6 +116,18 @@ def test_several_adapters_save_and_load_under_their_names(tmp_path):
     again.set_adapter("other", inference_mode=True)
     model.set_adapter("other")
     assert torch.equal(again(**inputs()).logits, model(**inputs()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:for .*. copying from a non-meta parameter")
+def test_what_is_loaded_again_lies_where_the_prompt_does(tmp_path):
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, inference="laplace"))
+    encoder = model.prompt_encoder["default"]
+    encoder.posterior, encoder.point = SampledPosterior(torch.ones(2, 1, 4, WIDTH)), torch.ones(1, 4, WIDTH)
+    model.save_pretrained(str(tmp_path))
+    encoder.posterior = encoder.point = None
+    encoder.to("meta")
+    model.load_adapter(str(tmp_path), "default")
+    assert {encoder.point.device.type, encoder.posterior.draws.device.type} == {"meta"}
 
 
 def test_a_changed_configuration_keeps_the_prompt(tmp_path):

@@ -3,7 +3,7 @@
 import torch
 from test_trainer import make_trainer
 
-from priors_peft.inference.laplace import fisher_gradients
+from priors_peft.inference.laplace import fisher_gradients, laplace_posterior
 
 
 def fisher_trainer(folder, batch_size=4):
@@ -31,3 +31,10 @@ def test_gradients_under_drawn_answers_have_the_fisher_information_as_their_seco
 def test_draws_are_the_rows_own_whatever_batches_they_come_in(tmp_path):
     alone, together = (fisher_gradients(fisher_trainer(tmp_path, size), 3) for size in (1, 3))
     assert (alone - together).norm() < 1e-5 * alone.norm()
+
+
+def test_what_is_found_lies_where_the_curvature_does_and_can_be_rescaled():
+    values, directions = torch.ones(2, device="meta"), torch.ones(2, 1, 3, 4, device="meta")
+    posterior = laplace_posterior(values, directions, precision=2.0)
+    posterior.scale_by(torch.ones(1, 1, 1, device="meta"))
+    assert {tensor.device.type for tensor in posterior.buffers()} == {"meta"}
