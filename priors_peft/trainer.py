@@ -55,7 +55,7 @@ class PriorTrainer(LikelihoodTrainer):
         processing_class: The base model's tokenizer.
         compute_metrics: Takes an `EvalPrediction` whose predictions are generated token ids and whose label ids are
             −100 outside the answer, and returns figures. If given, evaluation generates an answer for each row.
-        adapter_names: The prompts to train; the active one if None.
+        adapter_names: The prompts to train; the active one if None. If it is not among them, the first becomes active.
         learning_rates: Of prompts that differ from `args.learning_rate`.
         **kwargs: The rest of `Trainer`'s arguments.
 
@@ -168,11 +168,11 @@ class PriorTrainer(LikelihoodTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last whole checkpoint in `output_dir`.
+        """Train; `resume_from_checkpoint=True` goes on from the last whole checkpoint of the last run in `output_dir`.
 
         Raises:
             FloatingPointError: The loss became NaN or infinite; the last checkpoint is as it was.
-            ValueError: There is no whole checkpoint, or it was trained by another algorithm.
+            ValueError: There is no whole checkpoint, or it is under another prior or of another algorithm.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
