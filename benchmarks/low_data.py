@@ -43,7 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "add_or_sub": {"name": "math", "module": "arithmetic__add_or_sub"},
     "linear_1d": {"name": "math", "module": "algebra__linear_1d"},
     "rte": {"name": "superglue:rte", "max_length": 200},
-    "squad": {"name": "squad", "max_length": 200},
+    "squad": {"name": "squad", "max_length": 128},
     "boolq": {"name": "superglue:boolq", "max_length": 200},
     "wic": {"name": "superglue:wic", "max_length": 200},
 }
