@@ -29,6 +29,10 @@ class PriorConfig(PromptLearningConfig):
         layers: Selected layers for deep tuning: 0 is the embedding layer, l the input of decoder layer l, negative
             numbers count from the last. `"all"` (the default for deep) or a list that contains 0.
         coordinates: `"whitened"` optimises z in θ = µ + A z, `"plain"` optimises θ.
+        deep_init: Where a deep prompt starts: `"states"`, at a draw for layer 0 and what the frozen model makes of it at deeper
+            layers, so that it does at first what a soft prompt does; `"draws"`, at a draw from each layer's own prior. None:
+            `"states"` for a `"structured"` or `"gaussian"` prior, whose draws for deeper layers don't belong together, else
+            `"draws"`.
         prior_weight: Weight of log p(θ) in the objective, the posterior's temperature: 1 is Bayes' rule, 0 uses the prior
             for initialization only, less than 1 is a colder posterior. `"auto"`: `PriorTrainer` chooses it by held-out
             likelihood. None: what suits the algorithm, 0.03 for `"variational"`, 1 for `"map"`.
@@ -58,6 +62,10 @@ class PriorConfig(PromptLearningConfig):
     coordinates: Literal["whitened", "plain"] = field(
         default="whitened", metadata={"help": "whitened optimises z in θ = µ + A z, plain optimises θ"}
     )
+    deep_init: Any = field(
+        default=None,
+        metadata={"help": "Start of a deep prompt: states (of layer 0's draw at deeper layers) or draws (each its own)"},
+    )
     prior_weight: Any = field(
         default=None,
         metadata={
@@ -81,6 +89,8 @@ class PriorConfig(PromptLearningConfig):
         }.items():
             check_choice(name, getattr(self, name), allowed)
         self._complete()
+        if self.tuning == "deep":
+            check_choice("deep_init", self.deep_init, ("states", "draws"))
         if self.prior_weight != "auto" and not (
             isinstance(self.prior_weight, (int, float)) and self.prior_weight >= 0
         ):
@@ -110,10 +120,13 @@ class PriorConfig(PromptLearningConfig):
                 raise ValueError(f"{name} must be a dict of settings, got {getattr(self, name)!r}")
         # An adapter that is loaded under this configuration keeps what was left open here.
         self.says_inference = (self.inference, self.prior_weight) != (None, None)
+        plain_gaussian = isinstance(self.prior, str) and self.prior in ("structured", "gaussian")
+        if self.tuning == "soft":
+            self.deep_init = None
+        elif self.deep_init is None:
+            self.deep_init = "states" if plain_gaussian else "draws"
         if self.inference is None:
-            measured = (
-                self.tuning == "soft" and self.coordinates == "whitened" and self.prior in ("structured", "gaussian")
-            )
+            measured = self.tuning == "soft" and self.coordinates == "whitened" and plain_gaussian
             self.inference = "variational" if measured and self.prior_weight is None else "map"
         if self.prior_weight is None:
             self.prior_weight = inference_from(self.inference, self.inference_kwargs).prior_weight

@@ -21,7 +21,7 @@ from .config import PriorConfig
 from .files import atomic_path, cache_dir
 from .names import check_choice
 from .priors import Moments, Prior, TaskPosteriors, own_prior, prior_class
-from .priors.reference import Provenance, activation_references, text_states, vocabulary_reference
+from .priors.reference import Provenance, activation_references, prompt_states, text_states, vocabulary_reference
 from .prompt import PriorPromptEncoder
 from .sharding import shape
 
@@ -106,6 +106,8 @@ def new_encoder(
             raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
+    if config.deep_init == "states" and len(layers) > 1:
+        prompt[1:] = torch.stack(prompt_states(model, layers[1:], prompt[0]))
     return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # In `output_dir`: the checkpoints that an earlier run left there.
 EARLIER = ".earlier_checkpoints.json"
-# The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale.
+# The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale. For one layer.
 WHITENED_LEARNING_RATE = 0.3
 
 
@@ -392,7 +392,10 @@ def _pass_over_checkpoints(folder: str | os.PathLike) -> None:
 
 
 def _learning_rate(model: PriorPeftModel, name: str) -> float:
+    priors = model.prompt_encoder[name].priors
+    # What a step changes adds up over the layers of a deep prompt.
+    rate = WHITENED_LEARNING_RATE / len(priors) ** 0.5
     if model.peft_config[name].coordinates == "whitened":
-        return WHITENED_LEARNING_RATE
-    scales = [prior.scale_tril.square().sum(-1).mean().sqrt() for prior in model.prompt_encoder[name].priors]
-    return WHITENED_LEARNING_RATE * float(torch.stack(scales).mean())
+        return rate
+    scales = [prior.scale_tril.square().sum(-1).mean().sqrt() for prior in priors]
+    return rate * float(torch.stack(scales).mean())

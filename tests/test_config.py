@@ -35,3 +35,16 @@ def test_what_is_left_open_is_decided_by_what_is_given(given, inference, prior_w
         num_virtual_tokens=4, **{name: config.to_dict()[name] for name in ("inference", "prior_weight")}
     )
     assert (again.inference, again.prior_weight) == (inference, prior_weight)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [({}, "states"), ({"prior": "text"}, "draws"), ({"deep_init": "draws"}, "draws"), ({"tuning": "soft"}, None)],
+)
+def test_a_deep_prompt_of_a_gaussian_starts_with_states_unless_told_otherwise(given, start):
+    assert PriorConfig(**{"num_virtual_tokens": 4, "tuning": "deep"} | given).deep_init == start
+
+
+def test_an_unknown_start_is_refused_by_name():
+    with pytest.raises(ValueError, match="deep_init must be .*'state'"):
+        PriorConfig(num_virtual_tokens=4, tuning="deep", deep_init="state")

@@ -1,6 +1,7 @@
 """Priors are fitted in each layer's own space, on what was asked for, the same every time."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ def test_the_start_depends_on_the_seed_alone():
     torch.manual_seed(2)
     assert torch.equal(one, encoder_of(model_with(seed=5))())
     assert not torch.equal(one, encoder_of(model_with(seed=6))())
+
+
+@pytest.mark.parametrize("layers", ["all", [0, -1]])
+def test_a_deep_prompt_does_at_first_what_the_soft_prompt_of_its_first_layer_does(architecture, layers):
+    base, rest = make_model(architecture), torch.tensor([[5, 6, 7]])
+    soft = get_prior_model(base, PriorConfig(num_virtual_tokens=4, seed=3))
+    config = PriorConfig(num_virtual_tokens=4, seed=3, tuning="deep", layers=layers)
+    deep = get_prior_model(base, config)
+    assert torch.equal(encoder_of(deep)()[:1], encoder_of(soft)())
+    assert torch.allclose(deep(input_ids=rest).logits, soft(input_ids=rest).logits, atol=1e-3)
+    drawn = get_prior_model(base, replace(config, deep_init="draws"))
+    assert torch.equal(encoder_of(deep)()[:1], encoder_of(drawn)()[:1])
+    assert not torch.allclose(deep(input_ids=rest).logits, drawn(input_ids=rest).logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("layers", ["all", [0, -1]])

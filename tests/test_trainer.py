@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH, addition_rows, make_model, make_tokenizer
+from conftest import LAYERS, WIDTH, addition_rows, make_model, make_tokenizer
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -496,6 +496,8 @@ def test_learning_rate_is_in_prior_standard_deviations(tmp_path):
     prior = plain.model.prompt_encoder["default"].priors[0]
     expected = 0.3 * (prior.scale_tril @ prior.scale_tril.mT).diagonal().mean().sqrt()
     assert plain.args.learning_rate == pytest.approx(expected.item(), rel=1e-4)
+    deep = make_trainer(tmp_path, config={"tuning": "deep", "num_virtual_tokens": 4})
+    assert deep.args.learning_rate == pytest.approx(0.3 / LAYERS**0.5)
     assert make_trainer(tmp_path, learning_rate=0.01).args.learning_rate == 0.01
 
 

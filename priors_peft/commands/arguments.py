@@ -71,6 +71,9 @@ class PromptArguments:
     layers: list[int] | str | None = field(
         default=None, metadata={"help": "For deep tuning: all, or numbers: 0,-3,-2,-1"}
     )
+    deep_init: str | None = field(
+        default=None, metadata={"help": "Start of a deep prompt: states or draws; else what suits the prior"}
+    )
     coordinates: str = field(default="whitened", metadata={"help": "whitened or plain"})
     prior_weight: str | None = field(
         default=None,
@@ -89,6 +92,8 @@ class PromptArguments:
         # Before a model and data are loaded for nothing.
         check_choice("prior", self.prior, prior_names())
         check_choice("tuning", self.tuning, ("soft", "deep"))
+        if self.deep_init is not None:
+            check_choice("deep_init", self.deep_init, ("states", "draws"))
         self.prior_kwargs = parse_object("prior_kwargs", self.prior_kwargs)
         self.reference_kwargs = parse_object("reference_kwargs", self.reference_kwargs)
         self.inference_kwargs = parse_object("inference_kwargs", self.inference_kwargs)

@@ -46,6 +46,7 @@ CONFIG = (
     "layers",
     "prior",
     "prior_kwargs",
+    "deep_init",
     "num_virtual_tokens",
     "coordinates",
     "prior_weight",

@@ -336,7 +336,7 @@ def _flag(name: str, value: Any) -> str:
 def _configuration(facts: "Facts") -> str:
     """The prompt's and the training's settings as YAML, the keys of a recipe."""
     names = ["tuning", "prior", "prior_kwargs", "layers", "coordinates", "prior_weight", "num_virtual_tokens", "seed"]
-    names += ["inference", "inference_kwargs"] if has_posterior(facts) else []
+    names += ["deep_init", *(["inference", "inference_kwargs"] if has_posterior(facts) else [])]
     settings = {name: facts.config[name] for name in names if facts.config.get(name) not in (None, {})}
     if not facts.config:
         settings = {"num_virtual_tokens": facts.stock.get("num_virtual_tokens")}

@@ -195,7 +195,14 @@ def activation_references(
 def text_states(model: Any, layers: list[int], ids: Tensor) -> list[Tensor]:
     """What enters each selected layer when the tokens `ids` `[P]` are fed, each `[P, d]`."""
     device = model.get_input_embeddings().weight.device
-    return [states[0] for states in _layer_inputs(model, layers, ids[None].to(device), None)]
+    return [states[0] for states in _layer_inputs(model, layers, input_ids=ids[None].to(device))]
+
+
+@torch.no_grad()
+def prompt_states(model: Any, layers: list[int], prompt: Tensor) -> list[Tensor]:
+    """What enters each selected layer when a soft prompt `[P, d]` is fed, each `[P, d]`."""
+    embedded = prompt[None].to(model.get_input_embeddings().weight)
+    return [states[0].cpu() for states in _layer_inputs(model, layers, inputs_embeds=embedded)]
 
 
 def cached(model: Any, settings: dict[str, Any], compute: Callable[[], list[Moments]]) -> list[Moments]:
@@ -233,29 +240,31 @@ def cached(model: Any, settings: dict[str, Any], compute: Callable[[], list[Mome
 def _states(model: Any, layers: list[int], batches: list[tuple[Tensor, Tensor]], desc: str) -> list[Moments]:
     found = [Moments() for _ in layers]
     device = model.get_input_embeddings().weight.device
-    training = model.training
-    model.eval()
-    try:
-        for ids, mask in tqdm(batches, desc=desc, disable=len(batches) < 8):
-            # First positions are attention sinks: in many models their states are a hundred times longer.
-            counted = mask.bool()
-            counted[:, 0] = False
-            for moments, states in zip(
-                found, _layer_inputs(model, layers, ids.to(device), mask.to(device)), strict=True
-            ):
-                moments.update(states.cpu()[counted])
-    finally:
-        model.train(training)
+    for ids, mask in tqdm(batches, desc=desc, disable=len(batches) < 8):
+        # First positions are attention sinks: in many models their states are a hundred times longer.
+        counted = mask.bool()
+        counted[:, 0] = False
+        inputs = _layer_inputs(model, layers, input_ids=ids.to(device), attention_mask=mask.to(device))
+        for moments, states in zip(found, inputs, strict=True):
+            moments.update(states.cpu()[counted])
     return found
 
 
-def _layer_inputs(model: Any, layers: list[int], ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+def _layer_inputs(model: Any, layers: list[int], **inputs: Tensor) -> list[Tensor]:
     hidden: Any = ()
-    with gathered_in_turn(model):
-        if any(layers):
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        # The prompt enters before positions are added (GPT-2), so layer 0 is the embedding itself.
-        return [(hidden[layer] if layer else model.get_input_embeddings()(ids)).float() for layer in layers]
+    training = model.training
+    model.eval()
+    try:
+        with gathered_in_turn(model):
+            if any(layers):
+                hidden = model.base_model(**inputs, output_hidden_states=True).hidden_states
+            # The prompt enters before positions are added (GPT-2), so layer 0 is the embedding itself.
+            start = inputs.get("inputs_embeds")
+            if start is None:
+                start = model.get_input_embeddings()(inputs["input_ids"])
+            return [(hidden[layer] if layer else start).float() for layer in layers]
+    finally:
+        model.train(training)
 
 
 def _occurrences(ids: Tensor, tokenizer: Any, texts: Sequence[str]) -> Tensor:
