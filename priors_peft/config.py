@@ -64,7 +64,9 @@ class PriorConfig(PromptLearningConfig):
     )
     deep_init: Any = field(
         default=None,
-        metadata={"help": "Start of a deep prompt: states (of layer 0's draw at deeper layers) or draws (each its own)"},
+        metadata={
+            "help": "Start of a deep prompt: states (of layer 0's draw at deeper layers) or draws (each its own)"
+        },
     )
     prior_weight: Any = field(
         default=None,
