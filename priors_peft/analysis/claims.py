@@ -54,7 +54,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def token_state(row: Part, level: float) -> str:
-    """What a virtual token's nearest word is: `"signal"`, `"inherited"` (beyond chance, but so at the start) or
+    """What a virtual token's nearest word is: `"signal"`, `"inherited"` (beyond chance, but by start or prior) or
     `"chance"`."""
     if row["signal"]:
         return "signal"
@@ -62,14 +62,14 @@ def token_state(row: Part, level: float) -> str:
 
 
 def signal(adapter: Part, level: float) -> str | None:
-    """How many virtual tokens lie nearer to a word than random prompts and start explain."""
+    """How many virtual tokens lie nearer to a word than random prompts, start and prior explain."""
     tokens = adapter.get("tokens")
     if not tokens:
         return None
     rows = tokens["virtual_tokens"]
     found, inherited = tokens["num_signal"], sum(token_state(row, level) == "inherited" for row in rows)
     verb = "lies" if found == 1 else "lie"
-    kept = f"; {inherited} more did from the start" if inherited else ""
+    kept = f"; {inherited} more by start or prior" if inherited else ""
     return (
         f"{found or 'none'} of {plural(len(rows), 'virtual token')} {verb} nearer to a word than random "
         f"prompts ({percent(level)} level){kept}"
@@ -92,7 +92,7 @@ def scripts(adapter: Part) -> str | None:
 
 
 def languages(adapter: Part) -> str | None:
-    """The likeliest language of the nearest words, beside random prompts and the start."""
+    """The likeliest language of the nearest words, beside random prompts, start and prior."""
     found = (adapter.get("tokens") or {}).get("languages")
     if not found:
         return None
@@ -102,7 +102,7 @@ def languages(adapter: Part) -> str | None:
     verdict = (
         "more surely than random prompts explain"
         if found["signal"]
-        else "as at the start"
+        else "as by start or prior"
         if found["inherited"]
         else "which random prompts explain"
     )

@@ -217,7 +217,9 @@ def _tokens(
         k = near.ids.shape[1]
         start = nearest_tokens(source.initial[0], space.vectors, k, near.metric, space.excluded)
         changes = token_changes(start, near)
-    signal = token_signal(near, member.nulls[0].scores, start, level)
+    loc = member.priors[0].loc.expand(len(near.ids), -1)
+    centre = nearest_tokens(loc, space.vectors, 1, near.metric, space.excluded)
+    signal = token_signal(near, member.nulls[0].scores, start, level, centre)
 
     def listed(found: NearestTokens, index: int) -> list[dict[str, Any]]:
         pairs = zip(found.ids[index].tolist(), found.scores[index].tolist(), strict=True)
@@ -235,6 +237,7 @@ def _tokens(
         list(map(words, member.nulls[0].nearest)),
         words(start.ids[:, 0]) if start else None,
         level,
+        words(centre.ids[:, 0]),
     )
     virtual_tokens = [
         {
@@ -246,7 +249,7 @@ def _tokens(
             "p_value": found["p_values"][index],
             "initial_percentile": found["initial_percentile"][index] if start else None,
             "signal": found["signal"][index],
-            "inherited": found["inherited"][index] if start else False,
+            "inherited": found["inherited"][index],
             "kept": texts(changes.kept, index) if changes else None,
             "gained": texts(changes.gained, index) if changes else None,
             "lost": texts(changes.lost, index) if changes else None,

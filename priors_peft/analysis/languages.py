@@ -68,7 +68,7 @@ def language_probabilities(words: Sequence[str]) -> dict[str, float] | None:
 
 @dataclass(frozen=True, eq=False)
 class LanguageSignal(Result):
-    """The language that a prompt's nearest words are told as, and whether chance and the start explain it.
+    """The language that a prompt's nearest words are told as, and whether chance, start and prior explain it.
 
     Attributes:
         num_words: Distinct words among the nearest tokens.
@@ -76,7 +76,7 @@ class LanguageSignal(Result):
         initial_likeliest: The same of the initial prompt, or None.
         same_share: Share of the draws whose likeliest language is the same; None without one.
         p_value: Against the draws, whichever the language is; None without one.
-        inherited: The start was told as the same, no less surely.
+        inherited: The start, or the prior's centre, is told as the same, no less surely.
         signal: `p_value <= level` and not inherited.
         reason: Why there is no likeliest language, or None.
     """
@@ -92,7 +92,11 @@ class LanguageSignal(Result):
 
 
 def language_signal(
-    words: Sequence[str], draws: Sequence[Sequence[str]], initial: Sequence[str] | None = None, level: float = 0.05
+    words: Sequence[str],
+    draws: Sequence[Sequence[str]],
+    initial: Sequence[str] | None = None,
+    level: float = 0.05,
+    centre: Sequence[str] = (),
 ) -> LanguageSignal:
     """Whether a prompt's words are told as a language more surely than random prompts explain.
 
@@ -106,6 +110,7 @@ def language_signal(
         draws: The same of prompts drawn from its prior.
         initial: The same of the initial prompt, if known.
         level: Of signal.
+        centre: Words near the prior's location at each virtual token.
     """
     count, found = len(set(words)), language_probabilities(words)
     before = None if initial is None else language_probabilities(initial)
@@ -123,7 +128,8 @@ def language_signal(
     ]
     code = next(iter(found))
     p_value = sum(value >= excess[-1] - _TIED for value in excess) / len(told)
-    inherited = before is not None and next(iter(before)) == code and before[code] >= found[code]
+    given = filter(None, (before, language_probabilities(centre)))
+    inherited = any(next(iter(one)) == code and one[code] >= found[code] for one in given)
     return LanguageSignal(
         num_words=count,
         likeliest=_listed(found),

@@ -180,7 +180,7 @@ def _pairwise(prompt: Tensor, rows: Tensor, metric: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TokenSignal(Result):
-    """How near each virtual token lies to the vocabulary, against what chance and the start explain.
+    """How near each virtual token lies to the vocabulary, against what chance, start and prior explain.
 
     Attributes:
         scores: Score of the nearest token, shape `[P]`.
@@ -188,7 +188,8 @@ class TokenSignal(Result):
         prior_band: 5th and 95th percentile of the draws' scores, shape `[2, P]`.
         p_values: Against the prior, corrected for the P tokens looked at, shape `[P]`.
         initial_percentile: Percent of the initial prompt's virtual tokens that score lower, shape `[P]`, or None.
-        inherited: The nearest token was so at the start already, and is no nearer now; shape `[P]`, or None.
+        inherited: The nearest token was so at the start already, or is so at the prior's own centre, and is no nearer
+            now; shape `[P]`.
         signal: `p_values <= level` and not inherited, shape `[P]`.
         level: Chance that a prompt drawn from the prior shows any signal.
         num_draws: Prompts drawn from the prior.
@@ -200,7 +201,7 @@ class TokenSignal(Result):
     prior_band: Tensor
     p_values: Tensor
     initial_percentile: Tensor | None
-    inherited: Tensor | None
+    inherited: Tensor
     signal: Tensor
     level: float
     num_draws: int
@@ -208,9 +209,13 @@ class TokenSignal(Result):
 
 
 def token_signal(
-    nearest: NearestTokens, draw_scores: Tensor, initial: NearestTokens | None = None, level: float = 0.05
+    nearest: NearestTokens,
+    draw_scores: Tensor,
+    initial: NearestTokens | None = None,
+    level: float = 0.05,
+    centre: NearestTokens | None = None,
 ) -> TokenSignal:
-    """Which virtual tokens lie nearer to their nearest token than random prompts and the start explain.
+    """Which virtual tokens lie nearer to their nearest token than random prompts, start and prior explain.
 
     Scores are standardized for each virtual token over the draws and the prompt together, as virtual tokens may have
     locations of their own, and compared with the *highest* of each draw (Westfall & Young 1993, single-step maxT).
@@ -219,13 +224,15 @@ def token_signal(
     Bonferroni correction would need 20 times the draws for 20 tokens to show anything at all.
 
     A token counts as inherited, not as signal, where training left it no nearer than the initial prompt had it: a
-    start from text lies on the vocabulary whatever training did.
+    start from text lies on the vocabulary whatever training did. So does one that the prior's own centre is nearest
+    to, no farther: draws scatter about the centre, and training under MAP pulls a prompt nearer to it than they are.
 
     Args:
         nearest: Of the prompt.
         draw_scores: `best_scores` of prompts drawn from the same prior, same metric and exclusions, shape `[n, P]`.
         initial: Of the initial prompt, in the same metric.
         level: Of signal, in (0, 1).
+        centre: Of the prior's location at each virtual token, in the same metric.
 
     Raises:
         ValueError: There are too few draws to show signal at this level, or the arguments don't belong together.
@@ -252,16 +259,18 @@ def token_signal(
     highest = z[:-1].amax(1)
     p_values = (1 + (highest[:, None] >= z[-1] - _TIED).sum(0)) / (count + 1)
     signal = p_values <= level + 1e-12
-    initial_percentile = inherited = None
-    if initial is not None:
-        if initial.metric != nearest.metric:
-            raise ValueError(f"initial must be in the metric {nearest.metric!r} of nearest, got {initial.metric!r}")
-        check_same_shape("initial.scores[:, 0]", initial.scores[:, 0], "nearest.scores[:, 0]", scores)
-        before = initial.scores[:, 0].double()
+    initial_percentile, inherited = None, torch.zeros_like(signal)
+    for name, given in (("initial", initial), ("centre", centre)):
+        if given is None:
+            continue
+        if given.metric != nearest.metric:
+            raise ValueError(f"{name} must be in the metric {nearest.metric!r} of nearest, got {given.metric!r}")
+        check_same_shape(f"{name}.scores[:, 0]", given.scores[:, 0], "nearest.scores[:, 0]", scores)
+        before = given.scores[:, 0].double()
         tolerance = _TIED * float(before.abs().mean())
-        initial_percentile = percentile_among(scores, before, tolerance)
-        inherited = (initial.ids[:, 0] == nearest.ids[:, 0]) & (scores <= before + tolerance)
-        signal = signal & ~inherited
+        if given is initial:
+            initial_percentile = percentile_among(scores, before, tolerance)
+        inherited |= (given.ids[:, 0] == nearest.ids[:, 0]) & (scores <= before + tolerance)
     return TokenSignal(
         scores=scores,
         prior_percentile=percentile_among(scores, draws, _TIED * float(draws.abs().mean())),
@@ -269,7 +278,7 @@ def token_signal(
         p_values=p_values,
         initial_percentile=initial_percentile,
         inherited=inherited,
-        signal=signal,
+        signal=signal & ~inherited,
         level=level,
         num_draws=count,
         metric=nearest.metric,

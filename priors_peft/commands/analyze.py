@@ -229,7 +229,7 @@ def _token_table(tokens: dict[str, Any], level: float) -> str:
     rows = []
     for token in tokens["virtual_tokens"]:
         nearest = " ".join(near["text"] for near in token["nearest"][:3])
-        mark = {"signal": "signal", "inherited": "as at the start"}.get(claims.token_state(token, level), "")
+        mark = {"signal": "signal", "inherited": "inherited"}.get(claims.token_state(token, level), "")
         figures = (f"{token['score']:.3f}", f"{token['prior_percentile']:.0f}", f"{token['p_value']:.3f}")
         rows.append([str(token["index"]), nearest.replace("|", "\\|"), *figures, mark])
     return markdown_table(["", "nearest tokens", tokens["metric"], "percentile of prior", "p", ""], rows)

@@ -153,8 +153,8 @@ def analysis(facts: "Facts") -> str | None:
         parts.append(
             f"The nearest tokens of each virtual token, by {escape(tokens['metric'])}. Some token is always the nearest, so "
             f"each is held against {facts.analysis['num_draws']} random prompts from the same prior: the percentile among "
-            "them, and p corrected for the number of virtual tokens. “signal” is what is nearer than they are; “as at the start” "
-            "is the token that was nearest before training, and is no nearer now."
+            "them, and p corrected for the number of virtual tokens. “signal” is what is nearer than they are; “inherited” "
+            "is the token that was nearest before training, or at the prior's own centre, and is no nearer now."
         )
         parts.append(_token_table(tokens))
     shown = [name for name in _PICTURES if f"{name}.png" in facts.pictures]
@@ -166,7 +166,7 @@ def _token_table(tokens: dict[str, Any]) -> str:
     rows = []
     for token in tokens["virtual_tokens"][:_MOST_TOKENS]:
         nearest = " ".join(code(near["text"]) for near in token["nearest"][:3])
-        mark = "signal" if token["signal"] else "as at the start" if token["inherited"] else "as by chance"
+        mark = "signal" if token["signal"] else "inherited" if token["inherited"] else "as by chance"
         figures = [f"{token['score']:.3f}", f"{token['prior_percentile']:.0f}", f"{token['p_value']:.3f}"]
         rows.append([str(token["index"]), nearest, *figures, mark])
     left = len(tokens["virtual_tokens"]) - len(rows)

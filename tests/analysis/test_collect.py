@@ -69,6 +69,21 @@ def test_a_prompt_made_of_vocabulary_rows_is_named_as_signal(tmp_path):
     assert not {near["id"] for token in found for near in token["nearest"]} & {0, 1, 2, 3}
 
 
+def test_words_that_a_text_prior_names_are_inherited_even_where_training_pulled_nearer_to_them(tmp_path):
+    text = {"prior": "text", "prior_kwargs": {"text": "1 plus 2 .", "spread": 1.0}}
+
+    tuned = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=P, **text), tokenizer=make_tokenizer())
+    mode = tuned.prompt_encoder["default"].priors[0].loc[None].clone()
+    mode[0, 3] = make_model().get_input_embeddings().weight[77].detach()
+    (adapter,) = run([save(tmp_path / "mode", mode, **text)])["adapters"]
+    found = adapter["tokens"]["virtual_tokens"]
+    assert all(token["p_value"] <= 0.05 for token in found)
+    assert all(token["score"] > token["initial_nearest"][0]["score"] for token in found)
+    assert [token["inherited"] for token in found] == [True, True, True, False]
+    assert [token["signal"] for token in found] == [False, False, False, True]
+    assert adapter["tokens"]["num_signal"] == 1
+
+
 def test_an_untrained_prompt_shows_no_signal_and_its_start_is_not_among_the_draws(tmp_path):
     path = save(tmp_path / "start")
     (adapter,) = run([path])["adapters"]

@@ -87,6 +87,7 @@ def test_a_language_of_the_start_is_inherited():
     found = language_signal(WORDS["fr"][:8], DRAWS, WORDS["fr"][:8])
     assert found.p_value <= 0.05 and found.inherited and not found.signal
     assert not language_signal(WORDS["fr"][:8], DRAWS, WORDS["de"][:8]).inherited
+    assert language_signal(WORDS["fr"][:8], DRAWS, WORDS["de"][:8], centre=WORDS["fr"][:8]).inherited
 
 
 def test_what_is_in_no_language_is_no_finding():

@@ -109,7 +109,7 @@ def test_the_title_counts_the_virtual_tokens_with_signal(analysis):
     assert [row["signal"] for row in found["virtual_tokens"][:2]] == [True, False]
     assert found["virtual_tokens"][1]["inherited"]
     assert f"{found['num_signal']} of 12 virtual token" in title(tokens, alone)
-    assert "(5 % level); 1 more did from the start" in title(tokens, alone)
+    assert "(5 % level); 1 more by start or prior" in title(tokens, alone)
     found["num_signal"] = 0
     assert "none of 12 virtual tokens lie" in title(tokens, alone)
 

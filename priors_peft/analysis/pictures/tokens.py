@@ -36,7 +36,7 @@ def draw(analysis: claims.Part) -> "Figure | None":
     }
     legend: dict[str, dict[str, Any]] = {
         "nearer than random prompts": styles["signal"],
-        "inherited from the start": styles["inherited"],
+        "inherited from start or prior": styles["inherited"],
         "no nearer": styles["chance"],
         "random prompts, 5 to 95 %": {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7},
     }
