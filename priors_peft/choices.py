@@ -94,7 +94,7 @@ def _comparable(targets: list[list[int]], end: int | None) -> list[list[int]]:
 
 
 def metrics_by_likelihood(
-    metrics: Metrics, model: Any, tokenizer: Any, rows: Any, batch_size: int = 16
+    metrics: Metrics, model: Any, tokenizer: Any, rows: Any, batch_size: int = 16, max_length: int | None = None
 ) -> dict[str, float]:
     """A task's metrics of the likeliest choices: `{"accuracy_by_likelihood": ...}`; none if rows have no `choices`.
 
@@ -104,11 +104,12 @@ def metrics_by_likelihood(
         tokenizer: Its tokenizer.
         rows: With `completion` too, the right choice.
         batch_size: Sequences a batch.
+        max_length: Most tokens of a row, virtual tokens not counted.
     """
     rows = list(rows)
     if not rows or "choices" not in rows[0]:
         return {}
-    return scored_metrics(metrics, rows, score_choices(model, tokenizer, rows, batch_size))
+    return scored_metrics(metrics, rows, score_choices(model, tokenizer, rows, batch_size, max_length))
 
 
 def scored_metrics(metrics: Metrics, rows: Any, scores: list[list[float]]) -> dict[str, float]:

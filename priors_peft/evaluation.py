@@ -40,7 +40,13 @@ def best_device() -> torch.device:
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, dataset: Any, max_new_tokens: int, batch_size: int = 16, desc: str = "Answering"
+    model: Any,
+    tokenizer: Any,
+    dataset: Any,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    desc: str = "Answering",
+    max_length: int | None = None,
 ) -> Answers:
     """Score and generate the answers of a data set with a base model, a stock PEFT model or one of ours.
 
@@ -52,13 +58,15 @@ def answer(
         max_new_tokens: Most tokens of a generated answer.
         batch_size: Rows a batch.
         desc: What the progress bar says.
+        max_length: Most tokens of a row, virtual tokens not counted; what the model's window leaves if None.
     """
     model.eval()
     device = next(model.parameters()).device
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
     fills = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-    rows = list(tokenize(dataset, tokenizer, context and context - virtual - max_new_tokens))
+    window = context and context - virtual - max_new_tokens
+    rows = list(tokenize(dataset, tokenizer, min(filter(None, (max_length, window)), default=None)))
     rows = [row | {"labels": [IGNORED, *list(row["labels"])[1:]]} for row in rows]
     prompts = prompts_of(*([row[name] for row in rows] for name in fills))
     # From the first token of the answer on.
@@ -112,7 +120,12 @@ def _answers(dataset: Any) -> list[list[str]] | None:
 
 
 def answer_metrics(
-    tokenizer: Any, metrics: Metrics, dataset: Any = None, model: Any = None, batch_size: int = 16
+    tokenizer: Any,
+    metrics: Metrics,
+    dataset: Any = None,
+    model: Any = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """A task's metrics on texts as `PriorTrainer`'s `compute_metrics` on token ids.
 
@@ -123,6 +136,7 @@ def answer_metrics(
             `choices` (then the metrics by likelihood are there too, if there is a `model`).
         model: The model that is evaluated. Every process scores all choices, so that sharded models work.
         batch_size: Sequences a batch when choices are scored.
+        max_length: Most tokens of a row with a choice, virtual tokens not counted; as in `PriorTrainingArguments`.
 
     Raises:
         ValueError: On evaluation, if it is of other rows than `dataset`'s.
@@ -141,7 +155,7 @@ def answer_metrics(
             )
         figures = metrics(predictions, answers or decode(prediction.label_ids))
         return figures | (
-            metrics_by_likelihood(metrics, model, tokenizer, dataset, batch_size)
+            metrics_by_likelihood(metrics, model, tokenizer, dataset, batch_size, max_length)
             if model is not None and dataset is not None
             else {}
         )

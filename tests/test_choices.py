@@ -148,7 +148,7 @@ def test_training_evaluation_knows_all_answers_and_scores_choices(tmp_path, toke
     assert alone.references == references and alone.predictions == predictions and len(set(predictions)) > 1
 
 
-def test_the_commands_report_both_for_superglue(tmp_path, capsys):
+def test_the_commands_report_both_for_superglue(tmp_path, capsys, caplog):
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"premise": f"what is {n}", "hypothesis": "is", "label": n % 2} for n in range(12)]
@@ -159,6 +159,7 @@ def test_the_commands_report_both_for_superglue(tmp_path, capsys):
     flags = ["--task", "superglue", "--task_kwargs", json.dumps(kwargs), "--data_dir", str(tmp_path)]
     out = str(tmp_path / "out")
     short = ["--max_steps", "1", "--use_cpu", "--num_virtual_tokens", "4", "--disable_tqdm", "true"]
+    short += ["--max_length", "8"]
     assert main(["train", "--model", str(tmp_path / "base"), "--output_dir", out, *short, *flags]) == 0
     trained = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert main(["evaluate", out, *flags, "--output_file", str(tmp_path / "figures.json")]) == 0
@@ -166,3 +167,7 @@ def test_the_commands_report_both_for_superglue(tmp_path, capsys):
     for name in ("accuracy", "accuracy_by_likelihood"):
         assert found[out][name] == pytest.approx(trained[f"eval_{name}"]) and name in found["no prompt"]
     assert "accuracy by likelihood" in capsys.readouterr().out
+    # Rows are cut alike for the loss, for the choices, and by `evaluate` afterwards.
+    cut = [record.args for record in caplog.records if "rows are longer than max_length" in record.msg]
+    assert {max_length for *_, max_length in cut} == {8}
+    assert {(lost, rows) for lost, rows, _ in cut} == {(12, 12), (24, 24)}

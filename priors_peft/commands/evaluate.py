@@ -11,6 +11,7 @@ from ..evaluation import answer, best_device
 from ..files import write_json
 from ..hub.adapter import PRIOR_CONFIG, PRIOR_WEIGHTS, read_adapter, read_task
 from ..hub.card import EVALUATION, write_card
+from ..hub.facts import read_facts
 from ..hub.reading import fetch_file, hash_of, read_json
 from ..model import PriorPeftModel
 from ..tasks import Task
@@ -31,10 +32,15 @@ class EvaluationArguments:
         default=8, metadata={"help": "Prompts drawn from the posterior, if it is not a point"}
     )
     initial: bool = field(default=False, metadata={"help": "Measure the prompt as it was before training too"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a row, without virtual tokens; as in training if unset"}
+    )
 
     def __post_init__(self) -> None:
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("posterior_draws", self.posterior_draws, 1)
+        if self.max_length is not None:
+            check_at_least("max_length", self.max_length, 1)
 
 
 def main(arguments: list[str]) -> None:
@@ -47,14 +53,15 @@ def main(arguments: list[str]) -> None:
         model_arguments.model, model_arguments.model_revision = config.base_model_name_or_path, config.revision
     base, tokenizer = base_model_from(model_arguments, best_device())
     _as_trained(adapter, task_arguments)
-    task = task_from(task_arguments, tokenizer, room_for_text(base, config.num_virtual_tokens))
+    length = args.max_length or read_facts(adapter).settings.get("max_length")
+    task = task_from(task_arguments, tokenizer, length or room_for_text(base, config.num_virtual_tokens))
     if task.eval is None:
         raise ValueError(f"task must have evaluation rows, got {task.name!r} without any")
     model = PriorPeftModel.from_pretrained(base, adapter)
     figures, calibrations = {}, {}
 
     def measure(measured: Any, name: str, desc: str) -> None:
-        figures[name], calibrations[name] = evaluate(measured, tokenizer, task, args.batch_size, desc)
+        figures[name], calibrations[name] = evaluate(measured, tokenizer, task, args.batch_size, desc, length)
 
     with model.disable_adapter():
         measure(base, "no prompt", "No prompt")
@@ -109,16 +116,17 @@ def _keep(
 
 
 def evaluate(
-    model: Any, tokenizer: Any, task: Task, batch_size: int, desc: str
+    model: Any, tokenizer: Any, task: Task, batch_size: int, desc: str, max_length: int | None = None
 ) -> tuple[dict[str, float], Calibration]:
     """Likelihood (`nll`, nats per answer token), `ece` and a task's metrics, by generation and, with choices, by likelihood.
 
     With the calibration that `ece` is of.
     """
-    answers = answer(model, tokenizer, task.eval, task.max_new_tokens, batch_size, desc)
+    answers = answer(model, tokenizer, task.eval, task.max_new_tokens, batch_size, desc, max_length)
     figures = {"nll": answers.nll, "ece": answers.calibration.error}
     figures |= task.metrics(answers.predictions, answers.references)
-    return figures | metrics_by_likelihood(task.metrics, model, tokenizer, task.eval, batch_size), answers.calibration
+    by_likelihood = metrics_by_likelihood(task.metrics, model, tokenizer, task.eval, batch_size, max_length)
+    return figures | by_likelihood, answers.calibration
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:

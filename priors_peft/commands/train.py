@@ -98,7 +98,9 @@ def train(
         processing_class=tokenizer,
         compute_metrics=None
         if args.prediction_loss_only
-        else answer_metrics(tokenizer, task.metrics, task.eval, model, batch_size=args.per_device_eval_batch_size),
+        else answer_metrics(
+            tokenizer, task.metrics, task.eval, model, args.per_device_eval_batch_size, args.max_length
+        ),
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
