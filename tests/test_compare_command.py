@@ -220,8 +220,9 @@ def test_other_rows_than_the_runs_own_are_refused(study, tmp_path, capsys):
         (
             ["--baseline", "gausian"],
             "*",
-            "baseline must be one of gaussian, structured, got 'gausian'. Did you mean 'gaussian'?",
+            "baseline (--baseline) must be one of gaussian, structured, got 'gausian'. Did you mean 'gaussian'?",
         ),
+        (["--tasks", "{}"], "completions-*", """pass --tasks '{"completions": {"train_file": ...}}'"""),
         ([], "rte-gaussian-0", "runs must be at least 2 to be compared, got 1"),
         ([], "none-*", "RUN... must be given, got []"),
         (["--num_rows", "3"], "*", "num_rows must be an integer >= 10, got 3"),

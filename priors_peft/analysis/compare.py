@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..names import unknown
 from ..priors import Prior
 from .activations import separability
 
@@ -123,6 +124,20 @@ def _text(value: Any) -> str:
 # The table.
 
 
+def baseline_of(runs: Sequence[Run], given: str | None = None) -> str:
+    """The prior that differences are taken from: the one given, or `gaussian`, or without it the first run's.
+
+    Raises:
+        ValueError: No run has the given name.
+    """
+    known = [run.prior for run in runs]
+    if given is None:
+        return "gaussian" if "gaussian" in known else known[0]
+    if given not in known:
+        raise ValueError(f"baseline (--baseline) must be {unknown(given, sorted(set(known)))}")
+    return given
+
+
 def table(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of every figure, and paired differences of the NLL from a baseline.
 
@@ -138,9 +153,7 @@ def table(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: No run has the baseline's name.
     """
-    priors = list(dict.fromkeys(run.prior for run in runs))
-    if baseline not in priors:
-        raise ValueError(f"baseline must be one of {', '.join(priors)}, got {baseline!r}")
+    baseline = baseline_of(runs, baseline)
     known = {(run.task, run.tuning, run.prior, run.seed): run for run in runs}
     rows = []
     for (task, tuning, prior), group in grouped(runs, "task", "tuning", "prior").items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..analysis.activations import match_lengths
 from ..analysis.common import check_at_least, plain
-from ..analysis.compare import FOLDS, Run, clusters, grouped, name_runs, table
+from ..analysis.compare import FOLDS, Run, baseline_of, clusters, grouped, name_runs, table
 from ..analysis.geometry import mahalanobis_radius
 from ..analysis.measure import no_prompt_nll, task_activations
 from ..analysis.members import embeddings_of
@@ -28,7 +28,6 @@ from ..hub.adapter import read_task
 from ..hub.facts import public_name, read_facts
 from ..hub.reading import read_json
 from ..model import PriorPeftModel
-from ..names import unknown
 from ..priors.reference import vocabulary_ids
 from ..tasks import load_task
 from ..tasks.base import full_name
@@ -65,7 +64,10 @@ class ComparisonArguments:
     """Against what runs are held, and on which rows."""
 
     out: str | None = field(default=None, metadata={"help": "Folder for compare.md, compare.json and pictures"})
-    baseline: str = field(default="gaussian", metadata={"help": "The prior that differences are taken from"})
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "The prior that differences are taken from; gaussian, or else the first run's, if unset"},
+    )
     tasks: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": 'Settings of tasks as JSON, and further tasks: {"squad": {"data_dir": ...}, "boolq": {}}'},
@@ -92,10 +94,8 @@ def main(arguments: list[str]) -> None:
     sources = read_sources(names)
     runs = [read_run(source) for source in sources]
     name_runs(runs)
-    runs.sort(key=lambda run: (run.tuning != "soft", run.tuning, run.prior != args.baseline, run.prior, run.seed))
-    known = sorted({run.prior for run in runs})
-    if args.baseline not in known:
-        raise ValueError(f"baseline must be {unknown(args.baseline, known)}")
+    baseline = baseline_of(runs, args.baseline)
+    runs.sort(key=lambda run: (run.tuning != "soft", run.tuning, run.prior != baseline, run.prior, run.seed))
     check_writable(args.out, _ROOM, "out", "compared")
 
     # ---- Model and data -----------------------------------------------------------------
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
     for source in sources:
         source.saved.check_fits(base)
     # For each task and tuning the baseline's first run: its prompt stands before the rows of all tasks.
-    groups = grouped([run for run in runs if run.prior == args.baseline], "tuning", "task")
+    groups = grouped([run for run in runs if run.prior == baseline], "tuning", "task")
     shown = [min(group, key=lambda run: run.seed) for group in groups.values()]
     model = model_with(base, [next(source for source in sources if source.name == run.name) for run in shown])
     none = {
@@ -125,13 +125,13 @@ def main(arguments: list[str]) -> None:
 
     edge = float(torch.quantile(radius(vocabulary).double(), INSIDE))
     states = activations(model, tokens, shown, args)
-    comparison = {
+    comparison: dict[str, Any] = {
         "format_version": 1,
         "base_model": public_name(base_model_of(sources)[0]),
-        "baseline": args.baseline,
+        "baseline": baseline,
         "runs": [{name: getattr(run, name) for name in TOLD} for run in runs],
         "no_prompt": none,
-        "table": table(runs, args.baseline),
+        "table": table(runs, baseline),
         "place": {
             tuning: place(group, args.num_permutations, args.seed)
             for (tuning,), group in grouped(runs, "tuning").items()
@@ -229,6 +229,11 @@ def load_rows(
         data = run.data
         settings = (data["task_kwargs"] or {}) | given.get(data["task"], {})
         length = data["max_length"] or room
+        if data["task"] == "completions" and not {"train_file", "dataset"} & settings.keys():
+            raise ValueError(
+                f"tasks must say where the rows of {run.task!r} lie, which runs don't keep, got {args.tasks}: pass "
+                '--tasks \'{"completions": {"train_file": ...}}\''
+            )
         task = load_task(
             data["task"],
             **{"num_eval": data["num_eval"], "seed": data["split_seed"], "tokenizer": tokenizer}

@@ -7,6 +7,7 @@ import torch
 
 from priors_peft.analysis.compare import (
     Run,
+    baseline_of,
     clusters,
     mean_and_error,
     name_runs,
@@ -116,8 +117,13 @@ def test_tasks_and_tunings_are_grouped_and_not_averaged():
 
 
 def test_an_unknown_baseline_is_refused():
-    with pytest.raises(ValueError, match="baseline must be one of gaussian, structured, got 'gausian'"):
+    with pytest.raises(ValueError, match=r"--baseline\) must be one of gaussian, structured, got 'gausian'"):
         table(named(run(), run(prior="structured")), "gausian")
+
+
+def test_the_baseline_is_gaussian_where_there_is_one_and_else_the_first_runs_prior():
+    assert baseline_of(named(run(prior="structured"), run())) == "gaussian"
+    assert baseline_of(named(run(prior="text"), run(prior="structured"))) == "text"
 
 
 def test_a_seed_that_lacks_a_task_counts_on_the_others():
