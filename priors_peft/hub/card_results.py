@@ -191,7 +191,7 @@ def limits(facts: "Facts") -> list[str]:
     if not figures:
         lines.append("No evaluation of it is known.")
     for metric in [name for name in _SHARES if name in figures][:1]:
-        if count:
+        if count and 0 < figures[metric] < 1:
             error = math.sqrt(figures[metric] * (1 - figures[metric]) / count)
             lines.append(
                 f"On {count:,} rows, {escape(metric_name(metric))} has a standard error of {claims.number(error, 2)}."

@@ -100,6 +100,8 @@ def test_a_trained_prompts_card_is_valid_and_carries_its_real_results(adapter, h
     measured = json.loads((adapter / "eval_results.json").read_text())
     assert figures(card)["nll"] == pytest.approx(measured["eval_loss"], abs=1e-5)
     assert figures(card)["exact_match"] == measured["eval_exact_match"]
+    # Of a share of none or all the formula gives 0, which would say that it is certain.
+    assert ("standard error" in card.text) == (0 < measured["eval_exact_match"] < 1)
     assert {"priors-peft", "prompt-tuning", "soft-prompt", "prior:structured"} <= set(card.data.tags)
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     again = ModelCard(str(card))
