@@ -114,6 +114,21 @@ def test_the_title_counts_the_virtual_tokens_with_signal(analysis):
     assert "none of 12 virtual tokens lie" in title(tokens, alone)
 
 
+def test_the_legend_of_tokens_names_the_marks_that_are_there(analysis):
+    alone = analysis | {"adapters": [copy.deepcopy(analysis["adapters"][2])]}
+    for row in alone["adapters"][0]["tokens"]["virtual_tokens"]:
+        row |= {"signal": False, "inherited": False, "initial_nearest": None}
+    (legend,) = tokens.draw(alone).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["no nearer", "random prompts, 5 to 95 %"]
+    assert "corrected" in legend.get_title().get_text()
+
+
+def test_gains_that_are_all_zero_have_no_scale(analysis):
+    bars = len(transfer.draw(analysis).axes)
+    flat = analysis["transfer"] | {"scores": [analysis["transfer"]["no_prompt"]] * len(analysis["transfer"]["scores"])}
+    assert len(transfer.draw(analysis | {"transfer": flat}).axes) == bars - 1
+
+
 def test_the_title_says_how_many_tokens_kept_their_word(analysis):
     alone = analysis | {"adapters": [copy.deepcopy(analysis["adapters"][2])]}
     rows = alone["adapters"][0]["tokens"]["virtual_tokens"]

@@ -29,7 +29,9 @@ def draw(analysis: claims.Part) -> "Figure | None":
         name = f"{drawable(str(group['task'] or 'runs'), 18)}: distances"
         image: Any = None
         for axis, values, what in ((row[0], raw, name), (row[1], matched, "after matching tokens")):
-            image = heat_map(axis, values, vmin=0, vmax=max(np.nanmax(raw), 1e-9), cmap="cividis")
+            # Square cells would lay labels over one another: the layout does not settle around them.
+            most = max(np.nanmax(raw), 1e-9)
+            image = heat_map(axis, values, vmin=0, vmax=most, cmap="cividis", aspect="auto")
             axis.set_title(what, loc="left")
             numbers = range(1, len(values) + 1)
             axis.set_xticks(range(len(values)), [str(number) for number in numbers])
@@ -40,7 +42,7 @@ def draw(analysis: claims.Part) -> "Figure | None":
         for axis in row[:2]:
             axis.set_xlabel("run")
         row[1].set_yticklabels([str(number) for number in range(1, len(matched) + 1)])
-        figure.colorbar(image, ax=row[1], label="Frobenius norm", shrink=0.8)
+        figure.colorbar(image, ax=row[1], label="Frobenius norm")
         row[2].set_visible(lines)
         if lines:
             _lines(row[2], group)

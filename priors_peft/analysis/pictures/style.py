@@ -83,6 +83,8 @@ def new_figure(title: str, height: float) -> "Figure":
 
     lines = _wrapped(title)
     figure = Figure((_WIDTH, height + 0.2 * len(lines)), layout="constrained")
+    # Labels of neighbours, and of the first column and the edge, don't touch.
+    figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr, call-arg]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 

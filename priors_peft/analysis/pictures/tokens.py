@@ -34,12 +34,15 @@ def draw(analysis: claims.Part) -> "Figure | None":
         "inherited": {"marker": "s", "color": INHERITED},
         "chance": {"marker": "o", "color": GREY},
     }
-    legend: dict[str, dict[str, Any]] = {
-        "nearer than random prompts": styles["signal"],
-        "inherited from start or prior": styles["inherited"],
-        "no nearer": styles["chance"],
-        "random prompts, 5 to 95 %": {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7},
+    labels = {
+        "signal": "nearer than random prompts",
+        "inherited": "inherited (start or prior)",
+        "chance": "no nearer",
     }
+    tokens = [row for adapter in adapters for row in adapter["tokens"]["virtual_tokens"]]
+    there = {claims.token_state(row, analysis["level"]) for row in tokens}
+    legend: dict[str, dict[str, Any]] = {label: styles[state] for state, label in labels.items() if state in there}
+    legend["random prompts, 5 to 95 %"] = {"color": "#D9D9D9", "linestyle": "-", "linewidth": 7}
     detailed = len(adapters) <= DETAILED
     columns = min(2, len(adapters)) if detailed else 1
     rows = math.ceil(len(adapters) / columns) if detailed else 1
@@ -49,14 +52,17 @@ def draw(analysis: claims.Part) -> "Figure | None":
     if detailed:
         for axis, adapter in zip(axes, adapters, strict=False):
             _token_rows(axis, adapter, styles, analysis["level"])
-        legend["at the start"] = {"marker": "D", "color": GREY, "markerfacecolor": "white"}
+        if any(row.get("initial_nearest") for row in tokens):
+            legend["at the start"] = {"marker": "D", "color": GREY, "markerfacecolor": "white"}
         for axis in axes[len(adapters) :]:
             axis.set_visible(False)
     else:
         _token_strips(axes[0], adapters, styles, analysis["level"])
     for axis in axes:
         axis.set_xlabel(SCORES[adapters[0]["tokens"]["metric"]])
-    add_legend(figure, legend, loc="outside lower left", ncols=3)
+    # A token of many may lie beyond its band by chance.
+    said = "bands are of each virtual token alone, colours by p corrected for all of a prompt's"
+    add_legend(figure, legend, loc="outside lower left", ncols=3, title=said, alignment="left")
     return figure
 
 

@@ -28,8 +28,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
     axes = figure.subplots(1, 1 + bool(correlations), squeeze=False, width_ratios=[1.5, 1] if correlations else None)[
         0
     ]
-    most = float(np.nanmax(np.abs(gains))) or 1.0
-    image = heat_map(axes[0], gains, vmin=-most, vmax=most, cmap="PuOr", aspect="auto")
+    most = float(np.nanmax(np.abs(gains)))
+    image = heat_map(axes[0], gains, vmin=-(most or 1), vmax=most or 1, cmap="PuOr", aspect="auto")
     for row, column in own_cells(transfer):
         axes[0].add_patch(
             Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5, clip_on=False)
@@ -43,7 +43,9 @@ def draw(analysis: claims.Part) -> "Figure | None":
     axes[0].set_yticks(range(len(gains)), [drawable(name, 18) for name in transfer["prompts"]])
     axes[0].set_xlabel("measured on (framed: trained on)")
     axes[0].set_ylabel("prompt")
-    figure.colorbar(image, ax=axes[0], label=f"{drawable(transfer['metric'], 24)}: better than no prompt by")
+    axes[0].set_title(f"{drawable(transfer['metric'].replace('_', ' '), 32)},\nbetter than no prompt by", loc="left")
+    if most:  # else any scale would do
+        figure.colorbar(image, ax=axes[0])
     if correlations:
         _forest(axes[1], correlations)
     return figure

@@ -50,7 +50,7 @@ def tokens(adapter: claims.Part, level: float) -> Figure:
         )
     for state, label, colour, symbol in (
         ("chance", "no nearer", GREY, "circle"),
-        ("inherited", "inherited from start or prior", INHERITED, "square"),
+        ("inherited", "inherited (start or prior)", INHERITED, "square"),
         ("signal", "nearer than random prompts", SIGNAL, "circle"),
     ):
         chosen = [row for row in rows if claims.token_state(row, level) == state]
