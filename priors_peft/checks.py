@@ -31,7 +31,13 @@ def check_types(model: Any, args: Any, processing_class: Any) -> None:
 
 def check_options(args: PriorTrainingArguments, options: dict[str, Any]) -> None:
     """Refuse what can't be honoured, and use one GPU where Trainer would split batches among threads."""
-    for name in ("label_smoothing_factor", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"):
+    for name in (
+        "label_smoothing_factor",
+        "neftune_noise_alpha",
+        "batch_eval_metrics",
+        "bf16_full_eval",
+        "fp16_full_eval",
+    ):
         if getattr(args, name):
             raise ValueError(f"{name} must be off, got {getattr(args, name)}: the objective is an exact likelihood")
     for name in ("compute_loss_func", "preprocess_logits_for_metrics"):

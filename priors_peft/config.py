@@ -7,7 +7,7 @@ from peft import PeftType
 from peft.config import PromptLearningConfig
 
 from .inference.base import inference_from
-from .names import check_choice, unknown
+from .names import check_at_least, check_choice, unknown
 
 
 @dataclass
@@ -83,8 +83,8 @@ class PriorConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens must be >= 1, got {self.num_virtual_tokens!r}")
+        check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+        check_at_least("seed", self.seed, 0)
         for name, allowed in {
             "tuning": ("soft", "deep"),
             "coordinates": ("whitened", "plain"),

@@ -21,6 +21,7 @@ from .config import PriorConfig
 from .generation import generate_after
 from .head import logits_of, supervised_nll
 from .inference.predictive import mean_log_prob, mean_logits, token_scores
+from .names import check_at_least
 from .packing import Unpackable, supports_packing
 from .passes import (
     Prompt,
@@ -299,10 +300,9 @@ class PriorPeftModel(AdapterModel):
         Where the posterior is a point (`inference="map"`) all are the prompt itself.
 
         Raises:
-            ValueError: `count` is below 1.
+            ValueError: `count` is no integer >= 1.
         """
-        if count < 1:
-            raise ValueError(f"count must be >= 1, got {count}")
+        check_at_least("count", count, 1)
         encoder = self.prompt_encoder[adapter_name or self.active_adapter]
         return encoder.samples(count, torch.Generator().manual_seed(seed))
 
@@ -316,8 +316,7 @@ class PriorPeftModel(AdapterModel):
             count: Number of draws; 1 takes the one prompt that stands for the posterior, as outside of this context.
             seed: The same draws for the same seed.
         """
-        if count < 1:
-            raise ValueError(f"count must be >= 1, got {count}")
+        check_at_least("count", count, 1)
         before, self._averaged = self._averaged, None if count == 1 else (count, seed)
         try:
             yield

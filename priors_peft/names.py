@@ -18,6 +18,12 @@ def unknown(name: Any, known: Iterable[str]) -> str:
     return f"one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}"
 
 
+def check_at_least(name: str, value: Any, least: int, why: str = "") -> None:
+    """Raise `ValueError` unless `value` is an integer >= `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}{why and ': '}{why}")
+
+
 def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     if value not in (choices := list(choices)):

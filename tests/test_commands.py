@@ -162,7 +162,7 @@ def test_bad_recipes_are_refused(text, message, tmp_path, capsys):
         (["--task_kwargs", '{"promt_column": "p"}'], "got promt_column='p'. Did you mean 'prompt_column'"),
         (["recipe.yaml"], "a recipe must stand before the flags, got 'recipe.yaml' after them"),
         (["--learning_rate", "high"], "argument --learning_rate/--learning-rate: invalid float value: 'high'"),
-        (["--num_virtual_tokens", "0"], "num_virtual_tokens must be >= 1, got 0"),
+        (["--num_virtual_tokens", "0"], "num_virtual_tokens must be an integer >= 1, got 0"),
         (["--layers", "first"], "layers must be all or numbers like 0,-3,-2,-1, got 'first'"),
         (["--prior_kwargs", "{"], "prior_kwargs must be a JSON object"),
         (["--dtype", "int4"], "dtype must be float32, bfloat16 or float16, got 'int4'"),

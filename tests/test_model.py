@@ -272,8 +272,9 @@ def test_num_items_in_batch_divides_the_sum():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be >= 1, got 0"),
-        ({"num_virtual_tokens": -3}, "num_virtual_tokens must be >= 1, got -3"),
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer >= 1, got 0"),
+        ({"num_virtual_tokens": 2.5}, "num_virtual_tokens must be an integer >= 1, got 2.5"),
+        ({"seed": "1"}, "seed must be an integer >= 0, got '1'"),
         ({"num_virtual_tokens": 128}, "num_virtual_tokens must leave room for text in the model's context of 128"),
         ({"tuning": "wide"}, "tuning must be one of soft, deep, got 'wide'"),
         ({"prior": "gausian"}, "prior must be a Prior object or one of .*got 'gausian'. Did you mean 'gaussian'"),

@@ -520,6 +520,8 @@ def test_bad_arguments_are_refused(tmp_path):
         PriorTrainer(model=model)
     with pytest.raises(ValueError, match="label_smoothing_factor must be off, got 0.1"):
         make_trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="neftune_noise_alpha must be off, got 5"):
+        make_trainer(tmp_path, neftune_noise_alpha=5)
     with pytest.raises(ValueError, match="dataset must have the columns prompt and completion, got \\['text'\\]"):
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=[{"text": "a"}])
     with pytest.raises(ValueError, match="completion must not be empty, got '' in row 1"):

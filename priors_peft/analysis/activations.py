@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..names import check_choice
-from .common import Result, canonical_order, check_at_least, check_points
+from ..names import check_at_least, check_choice
+from .common import Result, canonical_order, check_points
 
 
 POOLS = ("mean", "last")

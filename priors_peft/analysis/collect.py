@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..hub.adapter import read_task
-from ..names import check_choice
+from ..names import check_at_least, check_choice
 from ..priors import prior_family
-from .common import check_at_least, check_installed, plain
+from .common import check_installed, plain
 from .geometry import geometry_series, token_geometry
 from .languages import language_signal, word_reader
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of

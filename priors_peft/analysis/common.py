@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..names import check_at_least
+
 
 # Bounds of every band that shows what the prior itself expects, in percent.
 BAND = (5.0, 95.0)
@@ -49,12 +51,6 @@ def check_installed(what: str, packages: Iterable[str], install: str = '"priors_
         raise ImportError(
             f"{what} needs {', '.join(missing)}, which {verb} not installed. Run `pip install {install}`"
         )
-
-
-def check_at_least(name: str, value: Any, least: int, why: str = "") -> None:
-    """Raise `ValueError` unless `value` is an integer >= `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}{why and ': '}{why}")
 
 
 def check_points(name: str, points: Any, shape: str) -> Tensor:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Ids, Result, band, check_at_least, check_points, check_same_width, sample_rows
+from ..names import check_at_least
+from .common import Ids, Result, band, check_points, check_same_width, sample_rows
 
 
 def squared_mmd(prompt: Tensor, sample: Tensor, bandwidth: float) -> Tensor:

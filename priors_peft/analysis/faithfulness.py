@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Ids, Result, check_at_least, check_points, check_same_width
+from ..names import check_at_least
+from .common import Ids, Result, check_points, check_same_width
 
 
 def harden(prompt: Tensor, vocabulary: Tensor, ids: Ids) -> Tensor:

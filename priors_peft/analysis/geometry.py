@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..names import check_at_least
 from ..priors.base import Prior
 from .common import (
     Ids,
     Result,
     band,
-    check_at_least,
     check_points,
     check_same_shape,
     check_same_width,

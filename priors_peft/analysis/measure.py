@@ -17,9 +17,10 @@ from ..batch import Supervision, Text
 from ..data import IGNORED, pad
 from ..head import supervised_nll
 from ..model import PriorPeftModel
+from ..names import check_at_least
 from ..passes import Prompt, continued
 from .activations import pool
-from .common import check_at_least, check_points
+from .common import check_points
 from .faithfulness import ablations
 from .stability import line_points
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Result, canonical_order, check_at_least, check_installed, check_points, check_same_width
+from ..names import check_at_least
+from .common import Result, canonical_order, check_installed, check_points, check_same_width
 
 
 # What van der Maaten & Hinton (2008) reduce to by PCA before t-SNE.

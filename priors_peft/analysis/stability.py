@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..names import check_choice
-from .common import Result, band, check_at_least, check_points, check_same_shape, percentile_among
+from ..names import check_at_least, check_choice
+from .common import Result, band, check_points, check_same_shape, percentile_among
 
 
 DISTANCES = ("frobenius", "cosine")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..names import check_choice
+from ..names import check_at_least, check_choice
 from .common import (
     Ids,
     Result,
     band,
-    check_at_least,
     check_points,
     check_same_shape,
     check_same_width,

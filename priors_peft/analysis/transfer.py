@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Result, check_at_least, check_points
+from ..names import check_at_least
+from .common import Result, check_points
 from .stability import prompt_distances
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from ..analysis import claims
 from ..analysis.collect import FORMAT_VERSION, analyze, public_name
-from ..analysis.common import MADE_WITH, check_at_least, check_installed
+from ..analysis.common import MADE_WITH, check_installed
 from ..analysis.on_tasks import spread
 from ..analysis.sources import base_model_of, read_sources
 from ..analysis.tokens import METRICS
 from ..evaluation import best_device
 from ..files import check_writable, write_json
-from ..names import check_choice
+from ..names import check_at_least, check_choice
 from ..tasks import load_task
 from ..tasks.base import full_name
 from .arguments import ModelArguments, TaskArguments, parse, parse_object

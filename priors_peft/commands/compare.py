@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.activations import match_lengths
-from ..analysis.common import check_at_least, plain
+from ..analysis.common import plain
 from ..analysis.compare import FOLDS, Run, baseline_of, clusters, grouped, name_runs, table
 from ..analysis.geometry import mahalanobis_radius
 from ..analysis.measure import no_prompt_nll, task_activations
@@ -28,6 +28,7 @@ from ..hub.adapter import read_task
 from ..hub.facts import public_name, read_facts
 from ..hub.reading import read_json
 from ..model import PriorPeftModel
+from ..names import check_at_least
 from ..priors.reference import vocabulary_ids
 from ..tasks import load_task
 from ..tasks.base import full_name

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..analysis.common import check_at_least
 from ..calibration import Calibration
 from ..choices import metrics_by_likelihood
 from ..evaluation import answer, best_device
@@ -14,6 +13,7 @@ from ..hub.card import EVALUATION, write_card
 from ..hub.facts import read_facts
 from ..hub.reading import fetch_file, hash_of, read_json
 from ..model import PriorPeftModel
+from ..names import check_at_least
 from ..tasks import Task
 from .arguments import ModelArguments, TaskArguments, parse, parse_object
 from .train import base_model_from, room_for_text, task_from

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.collect import FORMAT_VERSION, PACKAGES, public_name
-from ..analysis.common import check_at_least
 from ..analysis.matrix import NO_PROMPT, KeptFigures, measure_matrix, model_similarities, transfer_part
 from ..analysis.sources import Source, base_model_of, read_sources
 from ..evaluation import best_device
 from ..files import write_json
 from ..hub.adapter import read_task
 from ..model import PriorPeftModel
+from ..names import check_at_least
 from ..priors import prior_family
 from ..tasks import Task, load_task
 from ..tasks.base import full_name

@@ -341,8 +341,14 @@ def test_what_a_posterior_needs_is_said_before_training(tmp_path):
             save_strategy="steps",
             eval_strategy="steps",
         )
-    with pytest.raises(ValueError, match="count must be >= 1, got 0"):
-        spread_model().posterior_samples(0)
+    for count in (0, 1.5, "8"):
+        with pytest.raises(ValueError, match=f"count must be an integer >= 1, got {count!r}"):
+            spread_model().posterior_samples(count)
+        with (
+            pytest.raises(ValueError, match=f"count must be an integer >= 1, got {count!r}"),
+            spread_model().averaged(count),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("inference", ["sghmc", "svgd"])
