@@ -1,4 +1,4 @@
-"""From prompt-completion rows to token ids whose labels cover the completion only."""
+"""From rows of text to token ids whose labels cover the completion only."""
 
 import logging
 from collections.abc import Mapping
@@ -8,14 +8,18 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from .tasks.base import prompt_completion
+from .tasks.completions import pairs_of
+
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+_TOKENIZED, _PAIR = {"input_ids", "labels"}, ("prompt", "completion")
 
 
 def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dataset | IterableDataset:
-    """Tokenize TRL's prompt-completion form.
+    """Tokenize rows in one of the forms of `tasks.completions`: prompt and completion, messages, or plain text.
 
     Prompt and completion are tokenized apart, so that generation sees exactly the prompt that training saw, and the
     completion ends with the end-of-sequence token. An empty prompt becomes the token that starts a text. A row that is
@@ -23,8 +27,9 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
     completion's end.
 
     Args:
-        dataset: Rows with string columns `prompt` and `completion`, or with `input_ids` and `labels`, which are left
-            as they are. A list of rows will do.
+        dataset: Rows with string columns `prompt` and `completion`, with `messages` (needs a chat template) or with
+            `text`, all of which is learnt; or with `input_ids` and `labels`, which are left as they are. A list of rows
+            will do.
         tokenizer: The base model's tokenizer.
         max_length: Most tokens of a row, without virtual tokens; None for no limit.
 
@@ -32,31 +37,30 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
         Columns `input_ids`, `attention_mask` and `labels`.
 
     Raises:
-        ValueError: There are no rows, a column is missing, or a completion has no tokens.
+        ValueError: There are no rows, a column is missing, a value is no text, or a completion has no tokens.
     """
     if isinstance(dataset, list):
-        other = next((type(row).__name__ for row in dataset if not isinstance(row, Mapping)), None)
-        if other is not None:
-            raise ValueError(
-                f"dataset must be a datasets.Dataset or a list of rows as dictionaries, got {other} in it"
-            )
-        dataset = Dataset.from_list(dataset)
+        dataset = _from_list(dataset, tokenizer)
     columns = _columns(dataset)
-    if {"input_ids", "labels"} <= set(columns):
+    if _TOKENIZED <= set(columns):
         return dataset
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     cut: list[int] = []
 
-    def encode(rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[list[int]]]:
-        prompts = tokenizer(rows["prompt"])["input_ids"]
-        completions = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
+    def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        placed = [
+            (f"row {index}", dict(zip(rows, values, strict=True)))
+            for index, values in zip(indices, zip(*rows.values(), strict=True), strict=True)
+        ]
+        pairs = pairs_of(placed, _PAIR, tokenizer)
+        texts = [prompt for prompt, _ in pairs]
+        prompts = tokenizer(texts)["input_ids"]
+        completions = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
         encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for index, text, prompt, completion in zip(indices, rows["prompt"], prompts, completions, strict=True):
+        for index, text, prompt, completion in zip(indices, texts, prompts, completions, strict=True):
             if not completion:
-                raise ValueError(
-                    f"completion must not be empty, got {rows['completion'][index - indices[0]]!r} in row {index}"
-                )
+                raise ValueError(f"completion must have tokens, got none in row {index}: fill it in or drop the row")
             prompt = prompt or start
             completion = completion + [token for token in end if completion[-1] != token]
             if max_length is not None and len(prompt) + len(completion) > max_length:
@@ -82,17 +86,32 @@ def tokenize(dataset: Any, tokenizer: Any, max_length: int | None = None) -> Dat
     return tokenized
 
 
+def _from_list(rows: list[Any], tokenizer: Any) -> Dataset:
+    other = next((type(row).__name__ for row in rows if not isinstance(row, Mapping)), None)
+    if other is not None:
+        raise ValueError(f"dataset must be a datasets.Dataset or a list of rows as dictionaries, got {other} in it")
+    columns = _checked(list(rows[0]) if rows else [])
+    if _TOKENIZED <= set(columns):
+        return Dataset.from_list(rows)
+    # Before they are a table, which would not say what is wrong with which row.
+    placed = [(f"row {index}", dict.fromkeys(columns) | dict(row)) for index, row in enumerate(rows)]
+    return prompt_completion(pairs_of(placed, _PAIR, tokenizer))
+
+
 def _columns(dataset: Any) -> list[str]:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
             f"dataset must be a datasets.Dataset or a list of rows, got {type(dataset).__name__}: "
             "datasets.Dataset.from_list(list(dataset)) makes one"
         )
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    return _checked(dataset.column_names or list(next(iter(dataset), {})))
+
+
+def _checked(columns: list[str]) -> list[str]:
     if not columns:
         raise ValueError("dataset must hold at least one row, got none")
-    if not ({"input_ids", "labels"} <= set(columns) or {"prompt", "completion"} <= set(columns)):
-        raise ValueError(f"dataset must have the columns prompt and completion, got {columns}")
+    if not any(form <= set(columns) for form in (_TOKENIZED, set(_PAIR), {"messages"}, {"text"})):
+        raise ValueError(f"dataset must have the columns prompt and completion, messages, or text, got {columns}")
     return columns
 
 

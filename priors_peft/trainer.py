@@ -50,7 +50,7 @@ class PriorTrainer(LikelihoodTrainer):
     Args:
         model: From `get_prior_model` or `PriorPeftModel.from_pretrained(..., is_trainable=True)`.
         args: The training arguments.
-        train_dataset: Rows with `prompt` and `completion`, or tokenized ones with `input_ids` and `labels`.
+        train_dataset: Rows with `prompt` and `completion`, `messages` or `text`, or tokenized with `input_ids` and `labels`.
         eval_dataset: The same for evaluation.
         processing_class: The base model's tokenizer.
         compute_metrics: Takes an `EvalPrediction` whose predictions are generated token ids and whose label ids are

@@ -522,10 +522,14 @@ def test_bad_arguments_are_refused(tmp_path):
         make_trainer(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="neftune_noise_alpha must be off, got 5"):
         make_trainer(tmp_path, neftune_noise_alpha=5)
-    with pytest.raises(ValueError, match="dataset must have the columns prompt and completion, got \\['text'\\]"):
-        PriorTrainer(model=model, processing_class=tokenizer, train_dataset=[{"text": "a"}])
-    with pytest.raises(ValueError, match="completion must not be empty, got '' in row 1"):
-        rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": ""}]
+    with pytest.raises(ValueError, match="the columns prompt and completion, messages, or text, got \\['txt'\\]"):
+        PriorTrainer(model=model, processing_class=tokenizer, train_dataset=[{"txt": "a"}])
+    for value, said in (("", "must not be empty, got ''"), (float("nan"), "must be a string, got nan")):
+        with pytest.raises(ValueError, match=f"row 1: 'completion' {said}"):
+            rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": value}]
+            PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
+    with pytest.raises(ValueError, match="row 1: 'prompt' must be a string, got None"):
+        rows = Dataset.from_list([{"prompt": "1", "completion": "2"}, {"prompt": None, "completion": "2"}])
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
     for rows, message in (([], "must hold at least one row"), (["a"], "must be .* a list of rows .*, got str in it")):
         with pytest.raises(ValueError, match=message):

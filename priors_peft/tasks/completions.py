@@ -64,9 +64,9 @@ def load(
     columns = (prompt_column, completion_column)
     held_out = None
     if train_file is not None:
-        train = _pairs(read_rows(_find(train_file, data_dir, "train_file")), columns, tokenizer)
+        train = pairs_of(read_rows(_find(train_file, data_dir, "train_file")), columns, tokenizer)
         if eval_file is not None and num_eval != 0:
-            held_out = _pairs(read_rows(_find(eval_file, data_dir, "eval_file")), columns, tokenizer)
+            held_out = pairs_of(read_rows(_find(eval_file, data_dir, "eval_file")), columns, tokenizer)
         source = train_file
     else:
         if eval_file is not None:
@@ -77,10 +77,10 @@ def load(
         splits = load_hub(source, instead="pass a file as train_file")
         forms, present = (columns, ("messages",), ("text",)), set(splits["train"].column_names)
         form: tuple[str, ...] = next((form for form in forms if set(form) <= present), ())
-        train = _pairs(split_rows(source, splits, "train", form), columns, tokenizer)
+        train = pairs_of(split_rows(source, splits, "train", form), columns, tokenizer)
         split = next((split for split in ("validation", "test") if split in splits), None)
         if split is not None and num_eval != 0:
-            held_out = _pairs(split_rows(source, splits, split, form), columns, tokenizer)
+            held_out = pairs_of(split_rows(source, splits, split, form), columns, tokenizer)
 
     draw = random.Random(seed)
     if held_out is None and num_eval != 0:
@@ -112,8 +112,12 @@ def _find(file: str, data_dir: str | None, argument: str) -> Path:
     return path
 
 
-def _pairs(rows: list[Placed], columns: Pair, tokenizer: Any) -> list[Pair]:
-    """Prompts and completions of rows that are all in the form of the first."""
+def pairs_of(rows: list[Placed], columns: Pair, tokenizer: Any) -> list[Pair]:
+    """Prompts and completions of rows that are all in the form of the first.
+
+    Raises:
+        ValueError: A row lacks a column, holds no text or an empty one, or a conversation that can't be rendered.
+    """
     first = rows[0][1]
     read: Callable[[Any, str], Pair] = lambda row, where: _pair(row, columns, where)  # noqa: E731
     # Named columns are what is meant, also where others are there.

@@ -258,6 +258,15 @@ def test_a_data_set_of_conversations_or_text(tmp_path, chat_tokenizer):
         assert task.train[2]["completion"] == {"talk": "3</s>", "text": "what"}[name]
 
 
+@pytest.mark.parametrize("rows", [[{"messages": TALK}, {"messages": TALK[1:]}], [{"text": "what is 1 ?"}] * 2])
+def test_rows_in_python_are_what_they_are_in_a_file(tmp_path, chat_tokenizer, rows):
+    task = load(train_file=write(tmp_path / "a.jsonl", rows), num_eval=0, tokenizer=chat_tokenizer)
+    expected = tokenize(task.train, chat_tokenizer).to_list()
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    for given in (rows, datasets.Dataset.from_list(rows), stream):
+        assert list(tokenize(given, chat_tokenizer)) == expected
+
+
 def test_prompt_and_completion_win_over_other_columns(tmp_path):
     row = {"prompt": "p", "completion": "c", "text": "t"}
     assert load(train_file=write(tmp_path / "a.jsonl", [row]), num_eval=0).train[0]["completion"] == "c"
