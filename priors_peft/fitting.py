@@ -138,6 +138,8 @@ def _fitted(family: type[Prior], reference: Any, settings: dict[str, Any], origi
 
 def texts_of(data: Any) -> list[str]:
     """Texts of a list of strings, or of rows with `text`, or with `prompt` and `completion`."""
+    if isinstance(data, str):
+        raise ValueError(f"data must be a list of texts or rows, got the one text {data[:40]!r}: put it into a list")
     rows = list(data)
     if rows and isinstance(rows[0], str):
         return rows
@@ -232,4 +234,6 @@ def _check_settings(name: str, family: type[Prior], settings: dict[str, Any]) ->
     known = [key for key in parameters if key != "reference"]
     unknown = sorted(settings.keys() - set(known))
     if unknown:
+        if name == "text":  # as a user names them: the tokens and their number come from the description
+            known = ["text", *(key for key in known if key not in ("token_embeddings", "num_virtual_tokens"))]
         raise ValueError(f"prior_kwargs of prior={name!r} must be among {', '.join(known)}, got {', '.join(unknown)}")

@@ -234,6 +234,8 @@ def test_texts_of_rows():
     assert texts_of([{"text": "a"}]) == texts_of(["a"]) == ["a"]
     with pytest.raises(ValueError, match="data must be strings, or rows .* got rows with \\['question'\\]"):
         texts_of([{"question": "a"}])
+    with pytest.raises(ValueError, match="data must be a list of texts or rows, got the one text 'text'"):
+        texts_of("text")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,10 @@ def test_texts_of_rows():
         ({"prior": "empirical"}, 'prior="empirical" is fitted on reference="adapters"'),
         ({"prior": "text"}, 'prior="text" needs a tokenizer and prior_kwargs'),
         ({"prior": "gaussian", "prior_kwargs": {"sigma": 1}}, "prior_kwargs of prior='gaussian' must be among"),
+        (
+            {"prior": "text", "prior_kwargs": {"text": "1", "sprad": 1}},
+            "must be among text, spread, covariance, got sprad",
+        ),
         ({"reference": torch.zeros(5, 7)}, "prior must have the model's width 32, got one of width 7"),
     ],
 )

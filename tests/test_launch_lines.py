@@ -39,6 +39,7 @@ SHORT = {
     "recipes/train.py": RUNS,
     "recipes/paper/small.yaml": [*RUNS, "--tuning", "soft", "--prior", "gaussian", "structured"],
     "recipes/paper/grid.yaml": [*RUNS, "--seed", "0", "--tuning", "four", "--prior", "interpolation"],
+    "recipes/paper/deep.yaml": [*RUNS, "--seed", "0", "--task", "squad"],
     "recipes/paper/llama-3.2-1b.yaml": [*RUNS, "--seed", "0", "--tuning", "soft", "--prior", "exclusion"],
     "benchmarks/low_data.py": [
         *("--tasks", "add_or_sub", "--sizes", "16", "--seeds", "0", "--steps", "2", "--num_eval", "6"),
