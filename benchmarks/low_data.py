@@ -6,6 +6,7 @@ line of JSON a run, and prints the table; a run that was stopped is started agai
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -306,12 +307,12 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     named = {"method": "its one prompt"}
     lines = lines + [line | named | {"nll": line["nll_alone"], "ece": line["ece_alone"]} for line in ours]
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex="col", squeeze=False)
+    figure, axes = plt.subplots(2, len(tasks), figsize=(1 + 3.4 * len(tasks), 6), sharex=True, squeeze=False)
+    sizes = sorted({line["size"] for line in lines})
+    apart = 1 + 0.012 * math.log(4 * sizes[-1] / sizes[0])
     labels = {"nll": "held-out NLL\n(nats per answer token)", "ece": "expected\ncalibration error"}
     for column, task in enumerate(tasks):
         own = [line for line in lines if line["task"] == task]
-        sizes = sorted({line["size"] for line in own})
-        apart = (sizes[-1] / sizes[0]) ** 0.012
         for axis, (figure_name, label) in zip(axes[:, column], labels.items(), strict=True):
             for offset, (method, (color, marker)) in enumerate(STYLES.items()):
                 groups = [
@@ -337,6 +338,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                 axis.text(0.98, 0.96, f"no prompt: {bare[0]:.2f}", transform=axis.transAxes, ha="right", va="top")
             axis.set_xscale("log")
             axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_xlim(sizes[0] / apart**6, sizes[-1] * apart**6)
             axis.minorticks_off()
             axis.spines[["top", "right"]].set_visible(False)
             if column == 0:
