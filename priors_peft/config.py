@@ -42,6 +42,7 @@ class PriorConfig(PromptLearningConfig):
             was measured (docs/evidence.md), unless `prior_weight` is given or `coordinates` are plain; else `"map"`.
         inference_kwargs: Settings of that algorithm.
         seed: Seed of the initial prompt, so that every process draws the same one.
+        task_type: `"CAUSAL_LM"`: only text is generated here.
 
     Raises:
         ValueError: An argument is out of range; the message says which.
@@ -80,9 +81,12 @@ class PriorConfig(PromptLearningConfig):
     )
     inference_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of that algorithm"})
     seed: int = field(default=0, metadata={"help": "Seed of the initial prompt"})
+    task_type: Any = field(default="CAUSAL_LM", metadata={"help": "CAUSAL_LM"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.task_type = self.task_type or "CAUSAL_LM"
+        check_choice("task_type", self.task_type, ("CAUSAL_LM",))
         check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
         check_at_least("seed", self.seed, 0)
         for name, allowed in {
@@ -171,6 +175,15 @@ class PriorConfig(PromptLearningConfig):
         if 0 not in layers:
             raise ValueError(f"layers must contain 0, where the prompt positions start, got {self.layers!r}")
         return layers
+
+    def __getattr__(self, name: str) -> Any:
+        # What PEFT's own encoders ask of their configurations first.
+        if name in ("prompt_tuning_init", "prefix_projection"):
+            raise AttributeError(
+                f"PriorConfig has no {name}: peft.get_peft_model can't build a prompt with a prior. Use "
+                "priors_peft.get_prior_model(base_model, config), and PriorTrainer to train what it returns"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; objects and tensors are named, not stored."""

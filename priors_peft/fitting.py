@@ -57,9 +57,6 @@ def complete(config: PriorConfig, model: Any) -> list[int]:
         )
     config.num_attention_heads = text_config.num_attention_heads
     config.num_transformer_submodules = 1
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f'task_type must be "CAUSAL_LM", got {config.task_type!r}: only text is generated here')
-    config.task_type = "CAUSAL_LM"
     name = config.base_model_name_or_path or model.name_or_path or None
     # A path that leads out of a folder means nothing to who loads the adapter from elsewhere, and is refused there.
     config.base_model_name_or_path = os.path.abspath(name) if name and ".." in Path(name).parts else name
@@ -220,6 +217,13 @@ def _described(model: Any, config: PriorConfig, layers: list[int], tokenizer: An
         got = "no tokenizer" if tokenizer is None else repr(text)
         raise ValueError(f'prior="text" needs a tokenizer and prior_kwargs={{"text": a description}}, got {got}')
     ids = torch.tensor(tokenizer(text)["input_ids"])
+    if len(ids) > config.num_virtual_tokens:
+        logger.warning(
+            "prior_kwargs['text'] has %d tokens, of which the first %d are taken: num_virtual_tokens=%d takes all",
+            len(ids),
+            config.num_virtual_tokens,
+            len(ids),
+        )
     # Trimmed or repeated to P before it is fed, so that a deep prompt of spread 0 is that text to the model.
     count = config.num_virtual_tokens
     ids = ids[torch.arange(count) % len(ids)]

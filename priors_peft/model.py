@@ -40,6 +40,11 @@ logger = logging.get_logger(__name__)
 # What a packed sequence, or rows with different prompts, can't give back.
 _EXTRAS = ("use_cache", "output_hidden_states", "output_attentions")
 
+_NOT_WEIGHED = (
+    "transformers.Trainer takes the loss as it is, so this prompt trains without its prior. Use priors_peft.PriorTrainer, or "
+    "add −(prior_weight / N) · log_prior of the model's outputs, with N supervised tokens in the training set"
+)
+
 # `transformers.pipeline` knows models by the name of their class; without this it prints an error and works all the same.
 SUPPORTED_PEFT_TASKS["text-generation"].append("PriorPeftModel")
 
@@ -81,6 +86,8 @@ class PriorPeftModel(AdapterModel):
     _unpackable = False
     _kept: dict[Any, tuple[Any, PromptState, list[Tensor]]] | None = None
     _averaged: tuple[int, int] | None = None
+    # PriorTrainer's: it adds `log_prior` to the loss.
+    weighs_prior = False
 
     # Forward
 
@@ -154,6 +161,8 @@ class PriorPeftModel(AdapterModel):
             result.loss = nll.sum() / (num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1))
             log_prior = [prompt.log_prior for prompt in prompts.values()]
             if any(part is not None for part in log_prior):
+                if num_items_in_batch is not None and not self.weighs_prior:
+                    logger.warning_once(_NOT_WEIGHED)
                 terms = torch.stack([nll.new_zeros(()) if part is None else part for part in log_prior])
                 result.log_prior = terms.sum() if adapter_names is None else terms
         return result if return_dict is not False else result.to_tuple()

@@ -138,6 +138,7 @@ class PriorTrainer(LikelihoodTrainer):
             self.is_deepspeed_enabled = self.is_fsdp_enabled = False
         for name in self.adapter_names:
             share(model.prompt_encoder[name], args.device)
+        model.weighs_prior = True
         self.model_accepts_loss_kwargs = True
         # The model also scores a row's first token where it is supervised, so all labels count.
         self._loss_shifts_labels = False

@@ -42,7 +42,7 @@ def with_prompt(kind, architecture="llama"):
     if kind == "base":
         return base
     settings = {"prior": "gaussian", "num_virtual_tokens": 4, "tuning": kind}
-    return get_prior_model(base, PriorConfig(task_type="CAUSAL_LM", **settings), tokenizer=make_tokenizer()).eval()
+    return get_prior_model(base, PriorConfig(**settings), tokenizer=make_tokenizer()).eval()
 
 
 @pytest.mark.parametrize("kind", ["base", "stock", "soft", "deep"])

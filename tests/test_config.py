@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import make_model
+from peft import get_peft_model
 
 from priors_peft import PriorConfig
 
@@ -48,3 +50,11 @@ def test_a_deep_prompt_of_a_gaussian_starts_with_states_unless_told_otherwise(gi
 def test_an_unknown_start_is_refused_by_name():
     with pytest.raises(ValueError, match="deep_init must be .*'state'"):
         PriorConfig(num_virtual_tokens=4, tuning="deep", deep_init="state")
+
+
+@pytest.mark.parametrize("tuning", ["soft", "deep"])
+def test_pefts_own_function_says_which_builds_a_prompt_with_a_prior(tuning):
+    config = PriorConfig(num_virtual_tokens=4, tuning=tuning)
+    with pytest.raises(AttributeError, match="Use priors_peft.get_prior_model"):
+        get_peft_model(make_model(), config)
+    assert not hasattr(config, "prompt_tuning_init") and not hasattr(config, "no_such_field")

@@ -170,6 +170,16 @@ def test_a_description_is_trimmed_or_cycled_as_peft_does():
         assert torch.equal(encoder_of(model)()[0], embedding[expected])
 
 
+def test_a_longer_description_is_trimmed_with_a_warning(caplog):
+    text = "one two three four"
+    length = len(make_tokenizer()(text)["input_ids"])
+    for count, warns in ((length, False), (length - 1, True)):
+        config = PriorConfig(num_virtual_tokens=count, prior="text", prior_kwargs={"text": text})
+        get_prior_model(make_model(), config, tokenizer=make_tokenizer())
+        assert ("tokens, of which" in caplog.text) == warns
+    assert f"has {length} tokens, of which the first {length - 1} are taken" in caplog.text
+
+
 def test_interpolation_and_empirical_priors_through_the_configuration(tmp_path):
     data = [addition_rows(20), ["what is 1 ?", "2 3 4 5 6"] * 10]
     model = model_with(prior="interpolation", reference="activations", reference_kwargs={"data": data})

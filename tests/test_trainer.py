@@ -1,6 +1,7 @@
 """The objective, its scaling, and that nothing is lost when training is stopped."""
 
 import copy
+import logging
 import os
 import signal
 import subprocess
@@ -534,11 +535,30 @@ def test_bad_arguments_are_refused(tmp_path):
     for rows, message in (([], "must hold at least one row"), (["a"], "must be .* a list of rows .*, got str in it")):
         with pytest.raises(ValueError, match=message):
             PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
-    with pytest.raises(ValueError, match="task_type must be \"CAUSAL_LM\", got 'SEQ_CLS'"):
+    with pytest.raises(ValueError, match="task_type must be one of CAUSAL_LM, got 'SEQ_CLS'"):
         get_prior_model(make_model(), PriorConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     rows = [{"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}]
     with pytest.raises(ValueError, match="train_dataset must have supervised tokens"):
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=copy.deepcopy(rows))
+
+
+def test_transformers_own_trainer_is_told_that_it_leaves_the_prior_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logging.Logger.warning_once.cache_clear()
+    ours = make_trainer(tmp_path, max_steps=1)
+    ours.train()
+    assert "without its prior" not in caplog.text
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4), tokenizer=make_tokenizer())
+    rows = {"train_dataset": ours.train_dataset, "data_collator": ours.data_collator}
+    Trainer(model, TrainingArguments(**settings), **rows).train()
+    assert caplog.text.count("trains without its prior. Use priors_peft.PriorTrainer") == 1
 
 
 def test_geometry_of_known_prompts():

@@ -67,7 +67,7 @@ class Source:
         if self.has_prior:
             return self.saved.priors
         count, width = self.prompt.shape[1:]
-        config = PriorConfig(task_type="CAUSAL_LM", num_virtual_tokens=count, token_dim=width, prior="structured")
+        config = PriorConfig(num_virtual_tokens=count, token_dim=width, prior="structured")
         return list(new_encoder(model, config, [0], tokenizer)[0].priors)
 
 

@@ -116,9 +116,7 @@ def main(arguments: list[str]) -> None:
         task: no_prompt_nll(model, tokens[task], args.batch_size) for task in dict.fromkeys(run.task for run in runs)
     }
     vocabulary = embeddings_of(base)[vocabulary_ids(base.get_input_embeddings(), tokenizer)].cpu()
-    config = PriorConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=1, token_dim=vocabulary.shape[1], prior="structured"
-    )
+    config = PriorConfig(num_virtual_tokens=1, token_dim=vocabulary.shape[1], prior="structured")
     (shape,) = new_encoder(base, config, [0], tokenizer)[0].priors
 
     def radius(points: Tensor) -> Tensor:

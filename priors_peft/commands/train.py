@@ -77,7 +77,7 @@ def train(
         "prior_kwargs": prior_settings(prompt_arguments, task),
         "reference_kwargs": reference_data(prompt_arguments, task),
     }
-    config = PriorConfig(task_type="CAUSAL_LM", seed=args.seed, **settings)
+    config = PriorConfig(seed=args.seed, **settings)
     model = get_prior_model(base, config, tokenizer=tokenizer)
     model.print_trainable_parameters()
 

@@ -80,7 +80,7 @@ def test_metrics_are_those_that_all_tasks_have():
 
 
 def tuned(**settings):
-    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "prior": "gaussian"} | settings
+    settings = {"num_virtual_tokens": 3, "prior": "gaussian"} | settings
     model = get_prior_model(make_model(), PriorConfig(**settings), make_tokenizer(), "p0")
     for index in (1, 2):
         model.add_adapter(f"p{index}", PriorConfig(**settings | {"seed": index}))
@@ -102,7 +102,7 @@ def test_similarities_add_up_over_layers(settings):
 
 def test_prompts_of_different_shapes_have_no_similarity():
     model = tuned()
-    model.add_adapter("longer", PriorConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prior="gaussian"))
+    model.add_adapter("longer", PriorConfig(num_virtual_tokens=5, prior="gaussian"))
     found, notes = model_similarities(model)
     assert not found and "different numbers of virtual tokens" in notes[0]
 

@@ -36,7 +36,7 @@ ROWS = [
 def tuned(architecture="llama", **settings):
     tokenizer = make_tokenizer()
     settings = {"num_virtual_tokens": P, "prior": "gaussian"} | settings
-    model = get_prior_model(make_model(architecture), PriorConfig(task_type="CAUSAL_LM", **settings), tokenizer)
+    model = get_prior_model(make_model(architecture), PriorConfig(**settings), tokenizer)
     return model, tokenizer, tokenize(ROWS, tokenizer)
 
 
