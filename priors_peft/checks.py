@@ -1,17 +1,12 @@
 """What `PriorTrainer` refuses, before anything is trained."""
 
-import json
-import os
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .inference.base import inference_from
 from .model import PriorPeftModel
-from .priors import prior_family
 from .sharding import as_launched
 from .training_arguments import PriorTrainingArguments
 
@@ -104,38 +99,3 @@ def check_adapters(
             raise ValueError("load_best_model_at_end must be False for several adapter_names, whose best steps differ")
         if any(model.peft_config[name].prior_weight == "auto" for name in names):
             raise ValueError('prior_weight must be a number for several adapter_names, got "auto"')
-
-
-def check_checkpoint(model: PriorPeftModel, name: str, checkpoint: str | os.PathLike) -> None:
-    """Refuse to go on from half a checkpoint, one under another prior, or of an algorithm that trains otherwise."""
-    from .hub.adapter import PRIOR_CONFIG, read_json
-
-    if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
-        raise ValueError(
-            f"resume_from_checkpoint must be a whole checkpoint, got {str(checkpoint)!r} without {TRAINER_STATE_NAME}"
-        )
-    path = Path(checkpoint, "" if name == "default" else name, PRIOR_CONFIG)
-    described, config = read_json(path) if path.is_file() else {}, model.peft_config[name]
-    saved, family = described.get("config", {}), prior_family(model.prompt_encoder[name].priors[0])
-    # What a prior that was loaded had been fitted on its configuration no longer tells.
-    source = next((origin.source for origin in model.provenance.get(name, [])), None)
-    settings = json.loads(json.dumps(config.prior_kwargs))
-    begun = [
-        saved.get("prior", family),
-        saved.get("prior_kwargs", settings),
-        next((origin["source"] for origin in described.get("reference", [])), source),
-        saved.get("inference", "map"),
-        saved.get("inference_kwargs") or {},
-    ]
-    given = [family, settings, source, config.inference, config.inference_kwargs]
-    found, wanted = inference_from(*begun[-2:]), inference_from(*given[-2:])
-    hooks = ("start", "prompts", "optimizer", "before_step", "step")
-    alike = all(getattr(type(found), hook) is getattr(type(wanted), hook) for hook in hooks)
-    algorithms = not alike or (type(found) is type(wanted) and vars(found) != vars(wanted))
-    arguments = ("prior", "prior_kwargs", "reference", "inference", "inference_kwargs")
-    for argument, one, other in zip(arguments, begun, given, strict=True):
-        if one != other and (algorithms or not argument.startswith("inference")):
-            raise ValueError(
-                f"{argument} must be the checkpoint's {one!r} to go on from {str(checkpoint)!r}, got {other!r}: pass "
-                f"{argument}={one!r}, or train anew in another output_dir"
-            )

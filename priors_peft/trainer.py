@@ -1,26 +1,22 @@
 """Training under a prior: `PriorTrainer`."""
 
 import copy
-import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callback import PriorCallback, suffix, weight_at
-from .checks import check_adapters, check_checkpoint, check_options, check_processes, check_types
+from .checkpoints import check_checkpoint, last_checkpoint, pass_over_checkpoints, weight_of
+from .checks import check_adapters, check_options, check_processes, check_types
 from .data import IGNORED, count_supervised_tokens, tokenize
 from .evaluating import LikelihoodTrainer
-from .files import check_writable, write_json
-from .hub.reading import read_json
+from .files import check_writable
 from .inference.base import inference_from
 from .inference.map import choose_weight
 from .inference.point import choose_point
@@ -30,10 +26,6 @@ from .tracking import TrackingCallback
 from .training_arguments import PriorTrainingArguments
 
 
-logger = logging.getLogger(__name__)
-
-# In `output_dir`: the checkpoints that an earlier run left there.
-EARLIER = ".earlier_checkpoints.json"
 # The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale. For one layer.
 WHITENED_LEARNING_RATE = 0.3
 
@@ -191,11 +183,12 @@ class PriorTrainer(LikelihoodTrainer):
             self.model.set_requires_grad(name, name in self.adapter_names)
         config = self.model.peft_config[self.adapter_names[0]]
         if config.prior_weight == "auto":
-            config.prior_weight = choose_weight(self)
+            chosen = weight_of(resume_from_checkpoint, self.adapter_names[0]) if resume_from_checkpoint else None
+            config.prior_weight = choose_weight(self) if chosen is None else chosen
         self._nll, self._logged_step = 0.0, None
         self._begin()
         if not resume_from_checkpoint and self.args.should_save:
-            _pass_over_checkpoints(self.args.output_dir)
+            pass_over_checkpoints(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _begin(self) -> None:
@@ -357,39 +350,6 @@ class _Inferring(TrainerCallback):
         for name in self._trainer.adapter_names:
             self._trainer.model.prompt_encoder[name].noise = None
             choose_point(self._trainer, name)
-
-
-def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The last checkpoint of the run that was begun last, written to its end (`trainer_state.json` comes last), or None.
-
-    By time, as those of an earlier run in the folder may have higher steps; by step where all are of one second.
-    """
-    path, times = Path(folder, EARLIER), _times_of_checkpoints(folder)
-    earlier = read_json(path) if path.is_file() else {}
-    own = {name: time for name, time in times.items() if earlier.get(name) != time}
-    if times and not own:
-        logger.warning(
-            "%s holds no checkpoint of the run that was begun last; %s is of a run before it. To go on from that one pass "
-            "it as resume_from_checkpoint",
-            folder,
-            max(times, key=lambda name: times[name]),
-        )
-    told = bool(own) and max(own.values()) - min(own.values()) >= 1
-    order = sorted(own, key=lambda name: (own[name] if told else 0, int(name.split("-")[-1])))
-    return str(Path(folder, order[-1])) if order else None
-
-
-def _times_of_checkpoints(folder: str | os.PathLike) -> dict[str, float]:
-    paths = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    states = {path.name: path / TRAINER_STATE_NAME for path in paths}
-    return {name: state.stat().st_mtime for name, state in states.items() if state.is_file()}
-
-
-def _pass_over_checkpoints(folder: str | os.PathLike) -> None:
-    """Have `last_checkpoint` know those that are there now, by name and time, as an earlier run's."""
-    times = _times_of_checkpoints(folder)
-    if times:
-        write_json(Path(folder, EARLIER), times)
 
 
 def _learning_rate(model: PriorPeftModel, name: str) -> float:

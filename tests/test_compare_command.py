@@ -148,9 +148,11 @@ def test_other_settings_of_an_algorithm_are_other_arms(study, tmp_path):
         described = json.loads((tmp_path / name / "prior_config.json").read_text())
         described["config"] |= {"inference": "variational", "inference_kwargs": settings, "prior_weight": 0.1}
         (tmp_path / name / "prior_config.json").write_text(json.dumps(described))
+    trained = json.loads((tmp_path / "wide" / "training.json").read_text())
+    (tmp_path / "wide" / "training.json").write_text(json.dumps(trained | {"posterior_draws": 2}))
     runs = [read_run(source) for source in read_sources([str(tmp_path / name) for name in ("plain", "wide")])]
     name_runs(runs)
-    assert [run.prior for run in runs] == ["gaussian", "gaussian initial_scale=0.5"]
+    assert [run.prior for run in runs] == ["gaussian", "gaussian initial_scale=0.5 posterior_draws=2"]
 
 
 def test_priors_of_other_data_are_other_arms_and_the_same_data_anywhere_is_one(tmp_path):

@@ -163,6 +163,8 @@ def test_each_run_is_done_once_and_leaves_a_line(small, tmp_path, sweep, capsys,
         sweep.main([*small, "--prediction_loss_only", "false"])
     with pytest.raises(ValueError, match="posterior_draws must be 8 as when the run gaussian was begun, got 2"):
         sweep.main([*small, "--posterior_draws", "2"])
+    with pytest.raises(ValueError, match="adam_beta2 must be 0.999 as when the run gaussian was begun, got 0.9"):
+        sweep.main([*small, "--adam_beta2", "0.9"])
     rows = tmp_path / "rows.jsonl"
     moved = write(tmp_path / "other.jsonl", rows.read_text())
     with pytest.raises(ValueError, match="train_file must be '.*rows.jsonl' as when the run gaussian .*other.jsonl"):

@@ -16,10 +16,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.analysis.geometry import effective_rank, mean_pairwise_cosine
+from priors_peft.checkpoints import last_checkpoint
 from priors_peft.data import IGNORED, tokenize
 from priors_peft.evaluation import answer, answer_metrics
 from priors_peft.tasks.metrics import exact_match
-from priors_peft.trainer import last_checkpoint
 
 
 def make_trainer(tmp_path, rows=16, config=None, model=None, callbacks=None, compute_metrics=None, **settings):

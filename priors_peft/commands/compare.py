@@ -184,6 +184,7 @@ def read_run(source: Source) -> Run:
         described["prior_kwargs"] = {key: value for key, value in described["prior_kwargs"].items() if key != "text"}
     settings = {name: described[name] for name in CONFIG if described.get(name) not in (None, {})}
     settings |= _fitted_on(source, facts.recipe)
+    settings |= {} if facts.posterior_draws is None else {"posterior_draws": facts.posterior_draws}
     settings |= {name: value for name, value in facts.settings.items() if name not in APART and value is not None}
     data = {name: task.get(name) for name in ("task", "task_kwargs", "split_seed", "num_eval")}
     return Run(

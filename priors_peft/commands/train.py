@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, set_seed
 
+from ..checkpoints import last_checkpoint
 from ..config import PriorConfig
 from ..evaluation import answer_metrics
 from ..files import write_json
@@ -17,7 +18,7 @@ from ..hub.base_model import hub_id, load_base_model
 from ..hub.facts import SETTINGS, public_name, public_value
 from ..model import get_prior_model
 from ..tasks import Task, load_task
-from ..trainer import PriorTrainer, last_checkpoint
+from ..trainer import PriorTrainer
 from ..training_arguments import PriorTrainingArguments
 from .arguments import ModelArguments, PromptArguments, TaskArguments, parse
 

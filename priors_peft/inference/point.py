@@ -53,7 +53,7 @@ def _divergences(trainer: "PriorTrainer", count: int) -> Tensor:
     model, rows, size = trainer.model, trainer.train_dataset, trainer.args.eval_batch_size
     some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:ROWS].tolist()
     found = torch.zeros(1 + count, device=trainer.args.device)
-    for start in tqdm(range(0, len(some), size), "One of the draws", leave=False, delay=2):
+    for start in tqdm(range(0, len(some), size), "Choosing the one prompt", leave=False, delay=2):
         batch = trainer.data_collator([model_inputs(rows[row]) for row in some[start : start + size]])
         inputs = trainer._prepare_inputs(batch)
         asked = inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"]

@@ -16,6 +16,7 @@ import torch
 
 from priors_peft import PriorPeftModel
 from priors_peft.analysis import no_prompt_nll, prompt_nll
+from priors_peft.checkpoints import last_checkpoint
 from priors_peft.commands.arguments import ModelArguments, PromptArguments, TaskArguments, parse
 from priors_peft.commands.evaluate import markdown_table
 from priors_peft.commands.train import TrainingArguments, base_model_from, recipe_of, room_for_text, task_from, train
@@ -23,7 +24,6 @@ from priors_peft.data import tokenize
 from priors_peft.evaluation import best_device
 from priors_peft.hub.adapter import PRIOR_CONFIG
 from priors_peft.hub.facts import read_facts
-from priors_peft.trainer import last_checkpoint
 
 
 RECIPE = Path(__file__).with_name("soft_structured.yaml")
