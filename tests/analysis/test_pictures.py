@@ -6,6 +6,7 @@ import warnings
 
 import matplotlib
 import pytest
+from matplotlib.legend import Legend
 from planted_analysis import NASTY, planted
 
 from priors_peft.analysis import claims
@@ -21,6 +22,7 @@ from priors_peft.analysis.pictures import (
     tokens,
     transfer,
 )
+from priors_peft.analysis.report import tasks
 
 
 NAMES = ["tokens", "geometry", "projection", "activations", "faithfulness", "stability", "transfer"]
@@ -121,6 +123,17 @@ def test_the_legend_of_tokens_names_the_marks_that_are_there(analysis):
     (legend,) = tokens.draw(alone).legends
     assert [text.get_text() for text in legend.get_texts()] == ["no nearer", "random prompts, 5 to 95 %"]
     assert "corrected" in legend.get_title().get_text()
+
+
+def test_losses_that_no_adapter_has_are_in_no_legend(analysis):
+    analysis = copy.deepcopy(analysis)
+    measured = [adapter for adapter in analysis["adapters"] if adapter.get("faithfulness")]
+    for adapter in measured:
+        adapter["faithfulness"]["initial_nll"] = None
+    (legend,) = faithfulness.draw(analysis).findobj(Legend)
+    drawn = [text.get_text() for text in legend.get_texts()]
+    assert drawn == [trace["name"] for trace in tasks.losses(measured)["data"]]
+    assert drawn == ["the prompt", "its nearest tokens instead", "no prompt"]
 
 
 def test_gains_that_are_all_zero_have_no_scale(analysis):

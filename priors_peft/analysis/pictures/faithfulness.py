@@ -24,6 +24,16 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LOSS_UNIT = "loss (nats per answer token)"
 
+
+def measured_losses(adapters: Sequence[claims.Part]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those of `LOSSES` that any adapter has."""
+    return {
+        key: look
+        for key, look in LOSSES.items()
+        if any(adapter["faithfulness"].get(key) is not None for adapter in adapters)
+    }
+
+
 # Most bars that their words fit under.
 _NAMED = 24
 
@@ -50,9 +60,8 @@ def draw(analysis: claims.Part) -> "Figure | None":
         losses, worth = figure.subplots(1, 2)
         _strips(worth, adapters)
     _losses(losses, adapters)
-    add_legend(
-        above if len(adapters) <= DETAILED else figure, dict(LOSSES.values()), loc="outside lower left", ncols=4
-    )
+    entries = dict(measured_losses(adapters).values())
+    add_legend(above if len(adapters) <= DETAILED else figure, entries, loc="outside lower left", ncols=4)
     return figure
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import claims
-from ..pictures.faithfulness import LOSS_UNIT, LOSSES, nearest_word
+from ..pictures.faithfulness import LOSS_UNIT, measured_losses, nearest_word
 from ..pictures.style import COLOURS, GREY, array
 from ..pictures.transfer import own_cells
 from .plots import Figure, axis_key, heading, heat_map, name_axis, on, panels, plain, rounded, short, title
@@ -54,7 +54,7 @@ def losses(adapters: Sequence[claims.Part]) -> Figure:
         "no_prompt_nll": "line-ns-open",
     }
     data = []
-    for key, (label, style) in LOSSES.items():
+    for key, (label, style) in measured_losses(adapters).items():
         data.append(
             {
                 "type": "scatter",
