@@ -199,20 +199,21 @@ def posterior_title(adapters: Sequence[Part]) -> str | None:
 
 
 def faithfulness(adapter: Part) -> str | None:
-    """What is lost when the prompt is read as its nearest tokens."""
+    """What is lost when the prompt is read as its nearest tokens, and on how many rows."""
     measured = adapter.get("faithfulness")
     if not measured or not measured.get("waywardness"):
         return None
     lost, gained = measured["waywardness"]["lost"], measured["waywardness"]["gained"]
     if gained is None:
-        return f"read as its nearest tokens it loses {number(lost)} nats per token"
-    if gained <= 0:
-        return f"no better than no prompt ({number(-gained)} nats per token worse)"
-    if lost <= 0:
-        return f"read as its nearest tokens it loses nothing of its gain of {number(gained)} nats per token"
-    share = lost / gained
-    what = "all of its gain and more" if share > 1 else f"{percent(share)} of its gain"
-    return f"read as its nearest tokens it loses {what} ({number(lost)} of {number(gained)} nats per token)"
+        said = f"read as its nearest tokens it loses {number(lost)} nats per token"
+    elif gained <= 0:
+        said = f"no better than no prompt ({number(-gained)} nats per token worse)"
+    elif lost <= 0:
+        said = f"read as its nearest tokens it loses nothing of its gain of {number(gained)} nats per token"
+    else:
+        what = "all of its gain and more" if lost > gained else f"{percent(lost / gained)} of its gain"
+        said = f"read as its nearest tokens it loses {what} ({number(lost)} of {number(gained)} nats per token)"
+    return f"{said}, on {plural(measured['rows'], 'row')}"
 
 
 # Many adapters: titles of pictures.

@@ -212,7 +212,8 @@ def test_titles_follow_losses_variance_and_transfer(analysis):
     ],
 )
 def test_faithfulness_is_said_as_it_was_measured(lost, gained, says):
-    assert says in claims.faithfulness({"faithfulness": {"waywardness": {"lost": lost, "gained": gained}}})
+    said = claims.faithfulness({"faithfulness": {"waywardness": {"lost": lost, "gained": gained}, "rows": 8}})
+    assert says in said and said.endswith(", on 8 rows")
 
 
 @pytest.mark.parametrize("text", [*NASTY, "", "_" * 50, "中" * 30])
