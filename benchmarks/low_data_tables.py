@@ -51,9 +51,9 @@ def paired(lines: list[dict[str, Any]], method: str, against: str = "stock tuned
             for one in gains
         ]
         rows.append([task, str(size), str(len(pairs)), *told, f"{ece:.2f}", f"{seconds:.2f}"])
-    gain = f"NLL of {against} − {method} (nats/token)"
     if not rows:
         return ""
+    gain = f"NLL of {against} − {method} (nats/token)"
     head = ["task", "rows", "seeds", gain, "− its one prompt", "ECE, ratio", "CPU time, ratio"]
     return markdown_table(head, rows)
 

@@ -89,7 +89,7 @@ def check_checkpoint(model: PriorPeftModel, name: str, checkpoint: str | os.Path
 
 
 def weight_of(checkpoint: str | os.PathLike, name: str) -> float | None:
-    """The prior's weight that was chosen (`prior_weight="auto"`) before the checkpoint; None where it does not say."""
+    """The prior's weight under which the checkpoint was trained; None where it does not say."""
     weight = _described(checkpoint, name).get("config", {}).get("prior_weight")
     return weight if isinstance(weight, (int, float)) else None
 

@@ -1,7 +1,7 @@
 """What is tuned, under which prior: `PriorConfig`, a `PeftConfig`."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft import PeftType
 from peft.config import PromptLearningConfig
@@ -35,7 +35,7 @@ class PriorConfig(PromptLearningConfig):
             `"draws"`.
         prior_weight: Weight of log p(θ) in the objective, the posterior's temperature: 1 is Bayes' rule, 0 uses the prior
             for initialization only, less than 1 is a colder posterior. `"auto"`: `PriorTrainer` chooses it by held-out
-            likelihood. None: what suits the algorithm, 0.03 for `"variational"`, 1 for `"map"`.
+            likelihood, or, resumed, takes the checkpoint's. None: what suits the algorithm, 0.03 for `"variational"`, 1 for `"map"`.
         inference: How the posterior is found (`priors_peft.inference`): `"map"`, its mode; `"variational"`, the nearest
             Gaussian; `"laplace"`, the Gaussian about the mode; `"sghmc"`, draws of a Markov chain; `"svgd"`, particles
             that keep apart. None: `"variational"` for a soft prompt under a `"structured"` or `"gaussian"` prior, where it
@@ -85,8 +85,9 @@ class PriorConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.task_type = self.task_type or "CAUSAL_LM"
-        check_choice("task_type", self.task_type, ("CAUSAL_LM",))
+        if self.task_type not in (None, "CAUSAL_LM"):
+            raise ValueError(f'task_type must be "CAUSAL_LM", got {self.task_type!r}: only text is generated here')
+        self.task_type = "CAUSAL_LM"
         check_at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
         check_at_least("seed", self.seed, 0)
         for name, allowed in {
@@ -176,14 +177,16 @@ class PriorConfig(PromptLearningConfig):
             raise ValueError(f"layers must contain 0, where the prompt positions start, got {self.layers!r}")
         return layers
 
-    def __getattr__(self, name: str) -> Any:
-        # What PEFT's own encoders ask of their configurations first.
-        if name in ("prompt_tuning_init", "prefix_projection"):
-            raise AttributeError(
-                f"PriorConfig has no {name}: peft.get_peft_model can't build a prompt with a prior. Use "
-                "priors_peft.get_prior_model(base_model, config), and PriorTrainer to train what it returns"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # which would take any name for a field's
+
+        def __getattr__(self, name: str) -> Any:
+            # What PEFT's own encoders ask of their configurations first.
+            if name in ("prompt_tuning_init", "prefix_projection"):
+                raise AttributeError(
+                    f"PriorConfig has no {name}: peft.get_peft_model can't build a prompt with a prior. Use "
+                    "priors_peft.get_prior_model(base_model, config), and PriorTrainer to train what it returns"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; objects and tensors are named, not stored."""

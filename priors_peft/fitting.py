@@ -219,7 +219,7 @@ def _described(model: Any, config: PriorConfig, layers: list[int], tokenizer: An
     ids = torch.tensor(tokenizer(text)["input_ids"])
     if len(ids) > config.num_virtual_tokens:
         logger.warning(
-            "prior_kwargs['text'] has %d tokens, of which the first %d are taken: num_virtual_tokens=%d takes all",
+            "the description has %d tokens, of which the first %d are taken: num_virtual_tokens=%d takes all",
             len(ids),
             config.num_virtual_tokens,
             len(ids),

@@ -41,8 +41,8 @@ logger = logging.get_logger(__name__)
 _EXTRAS = ("use_cache", "output_hidden_states", "output_attentions")
 
 _NOT_WEIGHED = (
-    "transformers.Trainer takes the loss as it is, so this prompt trains without its prior. Use priors_peft.PriorTrainer, or "
-    "add −(prior_weight / N) · log_prior of the model's outputs, with N supervised tokens in the training set"
+    "transformers.Trainer takes the loss as it is, so this prompt trains without its prior: use priors_peft.PriorTrainer. "
+    "(A trainer that adds the outputs' log_prior itself sets model.weighs_prior = True.)"
 )
 
 # `transformers.pipeline` knows models by the name of their class; without this it prints an error and works all the same.
@@ -86,7 +86,7 @@ class PriorPeftModel(AdapterModel):
     _unpackable = False
     _kept: dict[Any, tuple[Any, PromptState, list[Tensor]]] | None = None
     _averaged: tuple[int, int] | None = None
-    # PriorTrainer's: it adds `log_prior` to the loss.
+    # Whether who trains this adds `log_prior` to the loss.
     weighs_prior = False
 
     # Forward

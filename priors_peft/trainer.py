@@ -1,6 +1,7 @@
 """Training under a prior: `PriorTrainer`."""
 
 import copy
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from .sharding import as_launched, is_sharded, prompts_as_ddp, shard_base_model,
 from .tracking import TrackingCallback
 from .training_arguments import PriorTrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 # The best of 0.03, 0.1 and 0.3 in whitened coordinates, where one rate suits models of any embedding scale. For one layer.
 WHITENED_LEARNING_RATE = 0.3
@@ -130,7 +133,6 @@ class PriorTrainer(LikelihoodTrainer):
             self.is_deepspeed_enabled = self.is_fsdp_enabled = False
         for name in self.adapter_names:
             share(model.prompt_encoder[name], args.device)
-        model.weighs_prior = True
         self.model_accepts_loss_kwargs = True
         # The model also scores a row's first token where it is supervised, so all labels count.
         self._loss_shifts_labels = False
@@ -185,11 +187,17 @@ class PriorTrainer(LikelihoodTrainer):
         if config.prior_weight == "auto":
             chosen = weight_of(resume_from_checkpoint, self.adapter_names[0]) if resume_from_checkpoint else None
             config.prior_weight = choose_weight(self) if chosen is None else chosen
+            if chosen is not None:
+                logger.warning("prior_weight=%g is the checkpoint's and was not chosen again", chosen)
         self._nll, self._logged_step = 0.0, None
         self._begin()
         if not resume_from_checkpoint and self.args.should_save:
             pass_over_checkpoints(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        before, self.model.weighs_prior = self.model.weighs_prior, True
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.model.weighs_prior = before
 
     def _begin(self) -> None:
         """Take up what an algorithm trains beside the prompt, and let go of a posterior found before, if it is not trained."""

@@ -57,4 +57,6 @@ def test_pefts_own_function_says_which_builds_a_prompt_with_a_prior(tuning):
     config = PriorConfig(num_virtual_tokens=4, tuning=tuning)
     with pytest.raises(AttributeError, match="Use priors_peft.get_prior_model"):
         get_peft_model(make_model(), config)
-    assert not hasattr(config, "prompt_tuning_init") and not hasattr(config, "no_such_field")
+    assert getattr(config, "prompt_tuning_init", None) is None
+    with pytest.raises(AttributeError, match="'PriorConfig' object has no attribute 'no_such_field'"):
+        config.no_such_field  # noqa: B018

@@ -1,6 +1,7 @@
 """The objective, its scaling, and that nothing is lost when training is stopped."""
 
 import copy
+import json
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from priors_peft import PriorConfig, PriorPeftModel, PriorTrainer, PriorTrainingArguments, get_prior_model
 from priors_peft.analysis.geometry import effective_rank, mean_pairwise_cosine
-from priors_peft.checkpoints import last_checkpoint
+from priors_peft.checkpoints import last_checkpoint, weight_of
 from priors_peft.data import IGNORED, tokenize
 from priors_peft.evaluation import answer, answer_metrics
 from priors_peft.tasks.metrics import exact_match
@@ -535,15 +536,23 @@ def test_bad_arguments_are_refused(tmp_path):
     for rows, message in (([], "must hold at least one row"), (["a"], "must be .* a list of rows .*, got str in it")):
         with pytest.raises(ValueError, match=message):
             PriorTrainer(model=model, processing_class=tokenizer, train_dataset=rows)
-    with pytest.raises(ValueError, match="task_type must be one of CAUSAL_LM, got 'SEQ_CLS'"):
+    with pytest.raises(ValueError, match="task_type must be .CAUSAL_LM., got 'SEQ_CLS'"):
         get_prior_model(make_model(), PriorConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     rows = [{"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}]
     with pytest.raises(ValueError, match="train_dataset must have supervised tokens"):
         PriorTrainer(model=model, processing_class=tokenizer, train_dataset=copy.deepcopy(rows))
 
 
-def test_transformers_own_trainer_is_told_that_it_leaves_the_prior_out(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_a_checkpoint_tells_the_weight_of_each_of_its_prompts(tmp_path):
+    for name, weight in (("default", 0.3), ("other", 0.03)):
+        folder = tmp_path if name == "default" else tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "prior_config.json").write_text(json.dumps({"config": {"prior_weight": weight}}))
+        assert weight_of(tmp_path, name) == weight
+    assert weight_of(tmp_path, "absent") is None
+
+
+def test_transformers_own_trainer_is_told_that_it_leaves_the_prior_out(tmp_path, caplog):
     logging.Logger.warning_once.cache_clear()
     ours = make_trainer(tmp_path, max_steps=1)
     ours.train()
@@ -555,10 +564,9 @@ def test_transformers_own_trainer_is_told_that_it_leaves_the_prior_out(tmp_path,
         "report_to": "none",
         "save_strategy": "no",
     }
-    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4), tokenizer=make_tokenizer())
     rows = {"train_dataset": ours.train_dataset, "data_collator": ours.data_collator}
-    Trainer(model, TrainingArguments(**settings), **rows).train()
-    assert caplog.text.count("trains without its prior. Use priors_peft.PriorTrainer") == 1
+    Trainer(ours.model, TrainingArguments(**settings), **rows).train()
+    assert caplog.text.count("trains without its prior: use priors_peft.PriorTrainer") == 1
 
 
 def test_geometry_of_known_prompts():

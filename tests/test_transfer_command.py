@@ -28,7 +28,7 @@ def place(tmp_path_factory):
     base, tokenizer = load_base_model(save_base(folder / "base"), device="cpu")
     write_superglue(folder / "data")
     for number, task in enumerate(TASKS * 2):
-        config = PriorConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prior="gaussian", seed=number)
+        config = PriorConfig(num_virtual_tokens=3, prior="gaussian", seed=number)
         model = get_prior_model(base, config, tokenizer=tokenizer)
         model.save_pretrained(str(folder / f"{task}-{number // 3}"))
         (folder / f"{task}-{number // 3}" / "task.json").write_text(json.dumps({"task": f"superglue:{task}"}))
@@ -195,7 +195,7 @@ def test_bad_input_is_one_line(flags, settings, message, place, tmp_path, capsys
 
 def test_adapters_of_different_bases_are_refused_by_name(place, tmp_path, capsys):
     other, tokenizer = load_base_model(save_base(tmp_path / "other"), device="cpu")
-    config = PriorConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prior="gaussian")
+    config = PriorConfig(num_virtual_tokens=3, prior="gaussian")
     get_prior_model(other, config, tokenizer=tokenizer).save_pretrained(str(tmp_path / "stranger"))
     assert run(place, tmp_path / "out", adapters=["rte-0", str(tmp_path / "stranger")]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -213,7 +213,7 @@ def faithfulness(adapter: Part) -> str | None:
     else:
         what = "all of its gain and more" if lost > gained else f"{percent(lost / gained)} of its gain"
         said = f"read as its nearest tokens it loses {what} ({number(lost)} of {number(gained)} nats per token)"
-    return f"{said}, on {plural(measured['rows'], 'row')}"
+    return f"{said}, on {plural(measured['rows'], 'row')}" if measured.get("rows") else said
 
 
 # Many adapters: titles of pictures.

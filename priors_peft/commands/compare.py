@@ -32,6 +32,7 @@ from ..names import check_at_least
 from ..priors.reference import vocabulary_ids
 from ..tasks import load_task
 from ..tasks.base import full_name
+from ..training_arguments import PriorTrainingArguments
 from .arguments import ModelArguments, parse, parse_object
 from .evaluate import markdown_table
 from .train import base_model_from, room_for_text
@@ -184,7 +185,8 @@ def read_run(source: Source) -> Run:
         described["prior_kwargs"] = {key: value for key, value in described["prior_kwargs"].items() if key != "text"}
     settings = {name: described[name] for name in CONFIG if described.get(name) not in (None, {})}
     settings |= _fitted_on(source, facts.recipe)
-    settings |= {} if facts.posterior_draws is None else {"posterior_draws": facts.posterior_draws}
+    if facts.posterior_draws not in (None, PriorTrainingArguments.posterior_draws):
+        settings["posterior_draws"] = facts.posterior_draws
     settings |= {name: value for name, value in facts.settings.items() if name not in APART and value is not None}
     data = {name: task.get(name) for name in ("task", "task_kwargs", "split_seed", "num_eval")}
     return Run(

@@ -26,15 +26,10 @@ SETTINGS = (
     "gradient_accumulation_steps",
     "learning_rate",
     "lr_scheduler_type",
-    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
     "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
     "prior_weight_schedule",
     "max_length",
     "max_new_tokens",
@@ -51,6 +46,8 @@ SETTINGS = (
     "greater_is_better",
     "early_stopping_patience",
 )
+# Told where they are not this.
+USUAL = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim_args": None, "lr_scheduler_kwargs": None}
 # What evaluation logs besides a task's own figures.
 _TIMINGS = ("runtime", "per_second", "preparation_time")
 
@@ -160,7 +157,7 @@ def collect_facts(
         device=_device(args.device),
         dtype=str(trainer.model.dtype).removeprefix("torch."),
         seconds=runtimes[-1] if runtimes else None,
-        settings={name: public_value(getattr(args, name)) for name in SETTINGS if hasattr(args, name)},
+        settings=_settings(args),
         learning_rates=dict(trainer.learning_rates),
         results=by_prompt(now, names),
         initial_results={} if step == 0 else by_prompt(start, names),
@@ -169,6 +166,12 @@ def collect_facts(
         recipe=dict(trainer.recipe),
         repo_id=trainer.hub_model_id,
     )
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    told = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    told |= {name: getattr(args, name) for name, usual in USUAL.items() if getattr(args, name) not in (usual, {})}
+    return public_value(told)
 
 
 def public_name(name: str | None) -> str | None:
