@@ -144,20 +144,22 @@ def token_scores(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def divergence_from_mean(base: PreTrainedModel, states: Tensor, count: int) -> Tensor:
-    """KL(mean of the last `count` ‖ each) of probabilities after K prompts, in nats over all tokens, shape `[K]`.
+def divergence_from_mean(base: PreTrainedModel, states: Tensor, drawn: Tensor) -> Tensor:
+    """KL(mean ‖ each) of probabilities after K prompts and their mean after D, in nats over all tokens, shape `[K]`.
 
     Args:
         base: The base model, whose head is used.
-        states: Final hidden states, shape `[K, N, d]`.
-        count: Prompts that are averaged, <= K.
+        states: Final hidden states, shape `[K, N, d]`; gradients go through them.
+        drawn: Those after the prompts that are averaged, shape `[D, N, d]`.
     """
     total = states.new_zeros(len(states), dtype=torch.float32)
-    for chunk in states.split(_tokens_at_once(base, states), dim=1):
+    size = _tokens_at_once(base, drawn)
+    for chunk, averaged in zip(states.split(size, dim=1), drawn.split(size, dim=1), strict=True):
+        with torch.no_grad():
+            mean = mean_log_prob(logits_of(base, averaged).float().log_softmax(-1))
         log_probs = logits_of(base, chunk).float().log_softmax(-1)
-        mean = mean_log_prob(log_probs[-count:])
         # Where a model rules a token out, both logarithms are infinite.
-        total += (mean.exp() * (mean - log_probs)).nan_to_num(nan=0.0).sum((1, 2))
+        total = total + torch.where(mean.isinf(), 0.0, mean.exp() * (mean - log_probs)).sum((1, 2))
     return total
 
 

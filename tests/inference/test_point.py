@@ -9,6 +9,7 @@ from test_trainer import make_trainer
 
 from priors_peft import PriorConfig, PriorPeftModel
 from priors_peft.data import IGNORED, model_inputs
+from priors_peft.inference import point
 from priors_peft.inference.point import choose_point
 
 
@@ -24,15 +25,24 @@ def log_probs(trainer, prompts):
     model = trainer.model.eval()
     batch = trainer._prepare_inputs(trainer.data_collator([model_inputs(row) for row in trainer.train_dataset]))
     labels, encoder, found = batch.pop("labels"), model.prompt_encoder["default"], []
-    point, answers = encoder.point, labels[:, 1:] != IGNORED
+    before, answers = encoder.point, labels[:, 1:] != IGNORED
     for prompt in prompts:
         encoder.point = torch.stack(
             [prior.to_whitened(one) for prior, one in zip(encoder.priors, prompt, strict=True)]
         )
         logits = model(**batch).logits[:, -labels.shape[1] : -1]
         found.append(logits[answers].log_softmax(-1))
-    encoder.point = point
+    encoder.point = before
     return torch.stack(found)
+
+
+def gaps(trainer, candidates):
+    """KL(average of the draws ‖ each candidate's) over all answers, in nats."""
+    draws = trainer.model.posterior_samples(trainer.args.posterior_draws)
+    found = log_probs(trainer, [*candidates, *draws])
+    average = torch.distributions.Categorical(found[len(candidates) :].exp().mean(0))
+    candidates = [torch.distributions.Categorical(logits=one) for one in found[: len(candidates)]]
+    return torch.stack([torch.distributions.kl_divergence(average, one) for one in candidates]).sum(1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -40,12 +50,30 @@ def log_probs(trainer, prompts):
 def test_of_the_mean_and_the_draws_it_predicts_most_as_the_draws_average(tmp_path, scale):
     trainer, encoder = chosen(tmp_path, scale)
     candidates = [encoder.mean(), *trainer.model.posterior_samples(trainer.args.posterior_draws)]
-    found = log_probs(trainer, candidates)
-    average = torch.distributions.Categorical(found[1:].exp().mean(0))
-    gaps = [torch.distributions.kl_divergence(average, torch.distributions.Categorical(logits=one)) for one in found]
-    best = int(torch.stack(gaps).sum(1).argmin())
+    best = int(gaps(trainer, candidates).argmin())
     assert torch.allclose(encoder(), candidates[best], atol=1e-5)
     assert (encoder.point is None) == (best == 0)
+
+
+@torch.no_grad()
+def test_after_training_it_goes_on_towards_their_average(tmp_path):
+    trainer, encoder = chosen(tmp_path, 3.0)
+    start = encoder()
+    trainer.state.global_step = 60
+    choose_point(trainer, "default")
+    before, after = gaps(trainer, [start, encoder()])[:2]
+    assert after < 0.8 * before
+    assert not encoder.point.requires_grad and encoder.coordinate.grad is None
+
+
+@torch.no_grad()
+def test_steps_that_lead_away_from_their_average_are_taken_back(tmp_path, monkeypatch):
+    trainer, encoder = chosen(tmp_path, 3.0)
+    start = encoder()
+    trainer.state.global_step = 60
+    monkeypatch.setattr(point, "RATE", 100.0)
+    choose_point(trainer, "default")
+    assert torch.equal(encoder(), start)
 
 
 def test_a_posterior_of_no_width_keeps_its_mean(tmp_path):
