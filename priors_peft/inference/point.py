@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 Batch = tuple[tuple[Any, ...], Tensor]
 # Training rows that decide, twice as many that are learnt from, and the answer tokens of either, at most.
 ROWS, TOKENS = 32, 2048
-# Of the steps towards the average: at most, one for so many of training, and their first rate for one layer.
-STEPS, SHARE, RATE = 40, 5, 0.15
+# Of the steps towards the average: at most, one for so many of training, their first rate for one layer, and from how many
+# nats per token on they are taken. With 1,024 rows it is 0.002, with 32 0.03.
+STEPS, SHARE, RATE, WORTH = 40, 5, 0.05, 0.01
 
 
 @torch.no_grad()
@@ -31,9 +32,9 @@ def choose_point(trainer: "PriorTrainer", name: str) -> None:
     It starts as that one of the mean and the draws with the least KL(average ‖ its own) over answer tokens of up to 32
     training rows. The mean alone will not do: in many dimensions that of a wide posterior is nowhere near its draws, and
     training has seen draws only. Nor will the draw that is likeliest under the training rows, which is the most
-    overfitted one. Then Adam brings the KL further down, by a step for every five of training and at most 40, on up to 64
-    other rows if there are more than 64, and what comes out is kept if it is lower for those that decide (Balan et al.,
-    2015, distil a posterior predictive into one network).
+    overfitted one. Where the KL is 0.01 nats per token and more, as with few rows, Adam brings it further down, by a step for
+    every five of training and at most 40, on up to 64 other rows if there are more than 64, and what comes out is kept if it
+    is lower for those that decide (Balan et al., 2015, distil a posterior predictive into one network).
 
     Args:
         trainer: Its training has ended; `args.posterior_draws` is how many draws are taken, those that `averaged` takes.
@@ -57,11 +58,12 @@ def choose_point(trainer: "PriorTrainer", name: str) -> None:
             draws = encoder.posterior.sample(encoder.coordinate, count, torch.Generator().manual_seed(0))
             encoder.point = draws[best - 1].detach().clone()
         start, steps = encoder.point, min(STEPS, trainer.state.global_step // SHARE)
-        if steps:
+        tokens = sum(drawn.shape[1] for _, drawn in deciding)
+        if steps and found[best] > WORTH * tokens:
             others = _batches(trainer, shuffled[ROWS : 3 * ROWS], count)
             _distil(trainer, name, others if len(shuffled) > 2 * ROWS else deciding + others, steps)
             after = _gaps(trainer, [_states(trainer, asked) for asked, _ in deciding], deciding)[0]
-            told = [float(gap) / sum(drawn.shape[1] for _, drawn in deciding) for gap in (found[best], after)]
+            told = float(found[best]) / tokens, float(after) / tokens
             logger.info("KL(average of the draws ‖ the one prompt): %.4f nats per token, distilled %.4f", *told)
             if not after < found[best]:
                 encoder.point = start
