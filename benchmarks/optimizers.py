@@ -70,7 +70,9 @@ class Study:
         if best_device().type == "cpu":
             # In bfloat16 on a CPU this kernel takes longer than all matrices together.
             torch.backends.cuda.enable_flash_sdp(options.dtype != "bfloat16")
-        self.tasks = {name: load_task("math", module=name, num_train=4000, num_eval=256) for name in TASKS}
+        self.tasks = {
+            name: load_task("math", module=name, num_train=4000, num_eval=options.num_eval) for name in options.tasks
+        }
 
     def run(self, module: str, name: str, rate: float, seed: int) -> dict[str, Any]:
         """Held-out nats per answer token: on the first half of the rows while rates are compared, else on the second."""
@@ -114,6 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled:smollm2-135m")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--optimizers", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument(
+        "--num_eval", type=int, default=256, help="held-out questions, half of them to choose rates by"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", default="outputs/optimizers.jsonl")
@@ -122,8 +129,9 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     study = None
-    for module in TASKS:
-        for name, rates in RATES.items():
+    for module in options.tasks:
+        for name in options.optimizers:
+            rates = RATES[name]
             for seed in (TUNING_SEED, *range(options.seeds)):
                 for rate in rates if seed == TUNING_SEED else [best_rate(lines, module, name)]:
                     wanted = (module, name, rate, seed)

@@ -45,6 +45,10 @@ SHORT = {
         *("--tasks", "add_or_sub", "--sizes", "16", "--seeds", "0", "--steps", "2", "--num_eval", "6"),
         *("--num_answers", "2", "--num_draws", "2", "--picture", "outputs/low_data.png"),
     ],
+    "benchmarks/optimizers.py": [
+        *("--tasks", "arithmetic__add_or_sub", "--optimizers", "AdamW", "Muon"),
+        *("--steps", "1", "--seeds", "1", "--num_eval", "6"),
+    ],
     "recipes/prompts/run.py": RUNS,
     "recipes/semantics/run.py": [
         *("--max_steps", "2", "--num_train", "16", "--seeds", "1", "--num_transfer", "6", "--num_analysis", "1"),
