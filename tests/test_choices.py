@@ -148,6 +148,7 @@ def test_training_evaluation_knows_all_answers_and_scores_choices(tmp_path, toke
     assert alone.references == references and alone.predictions == predictions and len(set(predictions)) > 1
 
 
+@pytest.mark.slow
 def test_the_commands_report_both_for_superglue(tmp_path, capsys, caplog):
     make_model().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")

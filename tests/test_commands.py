@@ -35,6 +35,7 @@ def train(base, rows, folder, *flags) -> int:
     return main(["train", "--model", base, "--train_file", rows, "--output_dir", str(folder), *short, *flags])
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_on_a_users_file(base, rows, tmp_path, capsys):
     assert train(base, rows, tmp_path / "out", "--prior", "gaussian", "--num_eval", "8") == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "prior_config.json", "prior.safetensors"} <= {
@@ -51,6 +52,7 @@ def test_train_then_evaluate_on_a_users_file(base, rows, tmp_path, capsys):
     assert "NLL (nats/token)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_knows_the_task_and_the_rows_held_out_in_training(base, tmp_path):
     (tmp_path / "prompts.csv").write_text("act,prompt\n" + "".join(f"{n},what is {n}\n" for n in range(30)))
     data = ["--data_dir", str(tmp_path)]
@@ -64,6 +66,7 @@ def test_evaluate_knows_the_task_and_the_rows_held_out_in_training(base, tmp_pat
     assert kept["figures"]["averaged over 8 draws"]["nll"] == pytest.approx(trained["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_deep_training_resumes(base, rows, tmp_path, capsys):
     flags = ("--tuning", "deep", "--layers", "0,-1", "--save_steps", "1", "--prior_kwargs", '{"shrinkage": 0.5}')
     assert train(base, rows, tmp_path / "out", *flags) == 0
@@ -189,6 +192,7 @@ def adapter(base, rows, tmp_path_factory) -> str:
 QUICK = ["--num_draws", "20", "--k", "3"]
 
 
+@pytest.mark.slow
 def test_analyze_writes_figures_that_differ_by_their_date_alone(adapter, base, rows, tmp_path, capsys):
     task = ["--train_file", rows, "--num_eval", "8"]
     texts = []
@@ -209,6 +213,7 @@ def test_analyze_writes_figures_that_differ_by_their_date_alone(adapter, base, r
         assert expected in printed
 
 
+@pytest.mark.slow
 def test_analyze_takes_several_adapters_and_contrasts_tasks(adapter, base, rows, tmp_path, capsys):
     assert train(base, rows, tmp_path / "deep", "--tuning", "deep", "--layers", "0,-1") == 0
     other = tmp_path / "other.jsonl"
@@ -226,6 +231,7 @@ def test_analyze_takes_several_adapters_and_contrasts_tasks(adapter, base, rows,
     ]
 
 
+@pytest.mark.slow
 def test_activations_of_contrasted_tasks_are_compared(adapter, rows, tmp_path):
     data = write_superglue(tmp_path / "data")
     contrast = json.dumps({"wic": {"data_dir": data, **SUPERGLUE_KWARGS["superglue:wic"]}})
@@ -250,6 +256,7 @@ def test_activations_of_contrasted_tasks_are_compared(adapter, rows, tmp_path):
     assert (tmp_path / "out" / "activations.png").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub_is_analysed_by_its_id(adapter, base, hub, tmp_path):
     for name, folder in (("base", base), ("adapter", adapter)):
         hub.create(f"user/{name}")

@@ -48,6 +48,7 @@ def test_training_leaves_its_course_beside_the_adapter(tmp_path, tuning):
     assert [encoder.drift(one).item() for one in course[1:]] == pytest.approx(drifts, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_the_same_file(tmp_path):
     settings = {"rows": 10, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     make_trainer(tmp_path / "whole", **settings).train()
@@ -101,6 +102,7 @@ def test_a_full_disk_loses_snapshots_but_not_the_training(tmp_path, monkeypatch,
     assert trainer.state.global_step == 4 and "could not be written" in caplog.text
 
 
+@pytest.mark.slow
 def test_trials_of_prior_weights_leave_none_and_are_not_made_again(tmp_path, caplog):
     settings = {"config": {"num_virtual_tokens": 4, "prior_weight": "auto"}, "save_strategy": "steps", "save_steps": 3}
     first = make_trainer(tmp_path, max_steps=3, **settings)

@@ -98,6 +98,7 @@ def test_a_grid_that_makes_no_sense_is_an_error_with_its_place(text, flags, mess
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("paper/*.yaml")), ids=lambda path: path.stem)
 def test_the_papers_sweeps_are_runs_that_train_takes(path, sweep):
     if path.stem == "run":
@@ -140,6 +141,7 @@ def results(tmp_path: Path) -> dict[str, dict]:
     return {record["run"]: record for record in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 def test_each_run_is_done_once_and_leaves_a_line(small, tmp_path, sweep, capsys, monkeypatch):
     sweep.main(small)
     found = results(tmp_path)
@@ -188,6 +190,7 @@ def test_a_setting_that_an_older_version_did_not_know_counts_as_its_default(smal
         sweep.plan(tmp_path, runs, ["gaussian"])
 
 
+@pytest.mark.slow
 def test_runs_over_one_loaded_model_are_what_each_is_alone(small, tmp_path, sweep):
     sweep.main(small)
     together = results(tmp_path)

@@ -37,6 +37,7 @@ def logged(trainer):
     return {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
 
 
+@pytest.mark.slow
 def test_tensorboard_and_trackio_hold_figures_a_table_and_pictures(tmp_path, storage):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     image = pytest.importorskip("PIL.Image")
@@ -127,6 +128,7 @@ def train(tmp_path, monkeypatch, **settings):
     return trainer, tracker.sent
 
 
+@pytest.mark.slow
 def test_several_prompts_have_a_table_each(tmp_path, monkeypatch):
     model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4), tokenizer=make_tokenizer())
     model.add_adapter("mine", PriorConfig(num_virtual_tokens=2, seed=1))

@@ -90,6 +90,7 @@ def test_the_gradient_is_the_objectives_for_any_accumulation(tmp_path, prior_wei
         assert (gradient - encoder.coordinate.grad).norm() < 1e-4 * encoder.coordinate.grad.norm()
 
 
+@pytest.mark.slow
 def test_weight_zero_ignores_the_prior_and_a_great_weight_leads_to_its_mode(tmp_path):
     free = make_trainer(tmp_path, config={"prior_weight": 0.0, "num_virtual_tokens": 4})
     # Plain tuning from the same start: stock Trainer on the model's own loss.
@@ -420,6 +421,7 @@ def test_a_later_run_in_one_folder_goes_on_from_its_own_checkpoints(tmp_path):
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_does_not_go_on_from_an_earlier_runs(tmp_path, caplog):
     class DieAfter(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

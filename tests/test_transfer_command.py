@@ -52,6 +52,7 @@ def part_of(out):
     return json.loads((out / "analysis.json").read_text())["transfer"]
 
 
+@pytest.mark.slow
 def test_cells_are_what_each_prompt_alone_gives(place, tmp_path, capsys):
     assert run(place, tmp_path) == 0
     part = part_of(tmp_path)
@@ -78,6 +79,7 @@ def test_cells_are_what_each_prompt_alone_gives(place, tmp_path, capsys):
     assert set(part["correlations"]) == set(part["similarities"]) == {"frobenius", "cosine", "matched", "neurons"}
 
 
+@pytest.mark.slow
 def test_the_order_of_adapters_does_not_matter(place, tmp_path):
     names = [f"{task}-{seed}" for task in TASKS for seed in (0, 1)]
     assert run(place, tmp_path / "one") == run(place, tmp_path / "other", adapters=names[::-1]) == 0
@@ -97,6 +99,7 @@ def counted(monkeypatch, stop_after=None):
     return measured
 
 
+@pytest.mark.slow
 def test_a_stopped_matrix_goes_on(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         first = counted(patch, stop_after=10)
@@ -121,6 +124,7 @@ def test_what_analyze_wrote_stays(place, tmp_path):
     assert after.pop("transfer")["tasks"] and after.pop("left_out") == {"words": "x"} and after == before
 
 
+@pytest.mark.slow
 def test_what_transfer_wrote_stays_when_analyze_runs_again(place, tmp_path):
     assert run(place, tmp_path, adapters=["rte-0", "wic-0"]) == 0
     part = part_of(tmp_path)

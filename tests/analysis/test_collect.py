@@ -96,6 +96,7 @@ def test_an_untrained_prompt_shows_no_signal_and_its_start_is_not_among_the_draw
         assert (draws - source.prompt[0]).abs().flatten(1).amax(1).min() > 0.01
 
 
+@pytest.mark.slow
 def test_nothing_hangs_on_the_order_of_adapters_and_a_seed_gives_one_result(tmp_path):
     adapters = [save(tmp_path / name, seed=seed) for seed, name in enumerate("bca")]
     adapters.append(save(tmp_path / "deep", tuning="deep", layers=[0, 1]))
@@ -107,6 +108,7 @@ def test_nothing_hangs_on_the_order_of_adapters_and_a_seed_gives_one_result(tmp_
     assert without_date(first) != without_date(other)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_figure(tmp_path):
     adapters = [save(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     one, many = (run(adapters, TASKS, batch_size=size) for size in (1, 16))
@@ -157,6 +159,7 @@ def test_deep_prompts_have_tokens_at_the_embedding_layer_and_geometry_at_each(tm
     assert all(len(radius) == P and min(radius) > 0 for radius in radii) and radii[0] != radii[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["soft", "deep"])
 def test_a_prompt_that_is_its_tokens_loses_nothing_by_being_read_as_them(tmp_path, tuning):
     def text(model):
@@ -220,6 +223,7 @@ def test_permuted_copies_are_matched_at_distance_zero_and_a_line_between_copies_
     assert group["metric_spread"]["count"] == 3
 
 
+@pytest.mark.slow
 def test_runs_are_of_one_task_and_of_one_shape(tmp_path):
     names = {"a": "sums", "b": "sums", "c": "words", "d": "words"}
     adapters = [save(tmp_path / name, seed=seed) for seed, name in enumerate(names)]

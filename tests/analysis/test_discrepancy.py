@@ -26,6 +26,7 @@ def test_the_discrepancy_is_the_sum_over_pairs_written_out():
     assert both[0].item() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_it_is_zero_on_average_where_both_come_from_one_distribution():
     found = squared_mmd(rows(4000, 5, 3), rows(2000, 3, seed=1), 1.5)
     assert abs(found.mean()) < 4 * found.std() / math.sqrt(4000) + 1e-3
@@ -37,6 +38,7 @@ def test_the_bandwidth_is_the_median_distance():
     assert median_distance(sample) == pytest.approx(torch.pdist(sample).double().median().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_of_the_vocabulary_are_found_different_at_the_stated_level():
     vocabulary, trials = rows(3000, 4), 400
     prompts = rows(trials, 5, 4, seed=1)

@@ -39,6 +39,7 @@ DRAWS = [chosen(8, seed) for seed in range(99)]
 TEXTS = [*(f" {word}" for word in ALL), " 42", " =", "ing", " x1", " 你好", "学习"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["fr", "de"])
 def test_a_prompt_of_one_languages_words_is_told_as_it_beyond_random_prompts(code, tmp_path):
     tokenizer, adapter = byte_level([text.encode() for text in TEXTS]), tmp_path / code
@@ -67,6 +68,7 @@ def test_a_prompt_of_one_languages_words_is_told_as_it_beyond_random_prompts(cod
     assert found["initial_likeliest"] and not found["inherited"]
 
 
+@pytest.mark.slow
 def test_random_words_show_a_language_at_the_stated_level():
     found = [language_signal(chosen(8, seed), DRAWS) for seed in range(1000, 1120)]
     assert sum(one.signal for one in found) / 120 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 120)

@@ -53,6 +53,7 @@ def drawn(analysis) -> list:
     return figures
 
 
+@pytest.mark.slow
 def test_every_part_has_a_picture_of_card_width(analysis, tmp_path):
     written = save_pictures(analysis, tmp_path)
     assert [path.name for path in written] == [f"{name}.png" for name in NAMES]
@@ -90,6 +91,7 @@ def test_a_prompt_of_one_or_of_many_virtual_tokens_is_drawn(count):
     assert len(drawn(planted(count=1, virtual_tokens=count, snapshots=2))) == 5
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_of_an_adapter_is_left_out(analysis):
     changed = copy.deepcopy(analysis)
     first = changed["adapters"][0]

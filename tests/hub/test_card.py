@@ -375,6 +375,7 @@ def test_the_analysis_that_lies_there_is_told(adapter):
     assert "On 6 rows of the analysis" in text and "| no prompt |" in text
 
 
+@pytest.mark.slow
 def test_what_was_measured_of_another_prompt_in_the_folder_is_not_told(adapter):
     rows = adapter.parent / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in addition_rows(40)))

@@ -247,6 +247,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "adapter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["soft", "deep"])
 @pytest.mark.parametrize("file", [ADAPTER_CONFIG, PRIOR_CONFIG])
 def test_fuzzed_fields_end_in_a_model_or_a_clean_error(file, tuning, folder):

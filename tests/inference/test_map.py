@@ -86,6 +86,7 @@ def test_auto_takes_the_weight_with_the_least_held_out_loss(tmp_path, caplog):
         few.train()
 
 
+@pytest.mark.slow
 def test_auto_counts_a_weight_whose_training_fails_as_the_worst(tmp_path, monkeypatch, caplog):
     trainer = make_trainer(tmp_path, rows=30, config={"num_virtual_tokens": 4, "prior_weight": "auto"}, max_steps=2)
     step = PriorTrainer.training_step

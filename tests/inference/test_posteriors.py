@@ -32,6 +32,7 @@ def fit(toy, encoder, steps):
         schedule.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_the_variational_optimum_is_the_posterior_mean_and_its_conditional_variances(temperature):
     toy = Toy.make(temperature=temperature)
@@ -43,6 +44,7 @@ def test_the_variational_optimum_is_the_posterior_mean_and_its_conditional_varia
     assert close(encoder.posterior.variance(None).detach()[0, 0], 1 / torch.linalg.inv(toy.covariance).diagonal(), 0.1)
 
 
+@pytest.mark.slow
 def test_the_variational_optimum_of_full_rank_is_the_posterior():
     toy = Toy.make()
     encoder = toy.encoder()
@@ -214,6 +216,7 @@ def test_algorithms_and_their_settings_are_named_in_errors():
         inference_from("svgd", {"num_particles": 1})
 
 
+@pytest.mark.slow
 def test_the_scale_of_most_evidence_is_found_with_the_posterior():
     """Against a grid of scales, each with its own exact evidence."""
     toy = Toy.make(rows=20, width=4)

@@ -69,6 +69,7 @@ def test_the_same_seed_gives_the_same_posterior_and_a_folder_keeps_it(tmp_path, 
     assert torch.allclose(stock.prompt_encoder["default"].embedding.weight, loaded.prompt("default").theta[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inference", ["variational", "sghmc", "svgd"])
 def test_resumed_training_ends_with_the_same_posterior(tmp_path, inference):
     whole = trained(tmp_path / "whole", inference, max_steps=8)

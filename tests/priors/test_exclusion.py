@@ -83,6 +83,7 @@ def test_inside_is_impossible_and_the_gradient_leads_out(method):
     assert torch.isfinite(prompt.grad).all() and moved > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "rate"), [(64, 0.1128), (2048, 0.0197)])
 def test_rejection_accepts_as_often_as_it_says(dim, rate, caplog):
     prior = RejectionPrior(torch.zeros(dim), torch.eye(dim), torch.tensor(5.0))
