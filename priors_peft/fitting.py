@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,24 @@ def new_encoder(
     for prior in priors:
         if prior.dim != config.token_dim:
             raise ValueError(f"prior must have the model's width {config.token_dim}, got one of width {prior.dim}")
-    generator = torch.Generator().manual_seed(config.seed)
+    return PriorPromptEncoder(priors, config.coordinates, new_prompt(model, config, priors, config.seed)), provenance
+
+
+def new_prompt(model: Any, config: PriorConfig, priors: Iterable[Prior], seed: int) -> Tensor:
+    """Where training begins, shape `[S, P, d]`.
+
+    Args:
+        model: The frozen base model.
+        config: Whose `num_layers` is filled in.
+        priors: Of the selected layers, on the CPU.
+        seed: Of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
     prompt = torch.stack([prior.sample(config.num_virtual_tokens, generator) for prior in priors])
+    layers = config.selected_layers(config.num_layers or 0)
     if config.deep_init == "states" and len(layers) > 1:
         prompt[1:] = torch.stack(prompt_states(model, layers[1:], prompt[0]))
-    return PriorPromptEncoder(priors, config.coordinates, prompt), provenance
+    return prompt
 
 
 def has_free_scale(config: PriorConfig) -> bool:

@@ -32,7 +32,7 @@ from .passes import (
     packed_pass,
     prompt_pass,
 )
-from .sharding import is_sharded
+from .sharding import is_sharded, process_rank
 
 
 logger = logging.get_logger(__name__)
@@ -159,11 +159,11 @@ class PriorPeftModel(AdapterModel):
             result.row_nll = nll.new_zeros(batch_size).index_add(0, asked.rows, nll.detach())
             result.row_tokens = torch.bincount(asked.rows, minlength=batch_size)
             result.loss = nll.sum() / (num_items_in_batch if num_items_in_batch is not None else max(len(nll), 1))
-            log_prior = [prompt.log_prior for prompt in prompts.values()]
-            if any(part is not None for part in log_prior):
+            log_prior = {_adapter(key): prompt.log_prior for key, prompt in prompts.items()}
+            if any(part is not None for part in log_prior.values()):
                 if num_items_in_batch is not None and not self.weighs_prior:
                     logger.warning_once(_NOT_WEIGHED)
-                terms = torch.stack([nll.new_zeros(()) if part is None else part for part in log_prior])
+                terms = torch.stack([nll.new_zeros(()) if part is None else part for part in log_prior.values()])
                 result.log_prior = terms.sum() if adapter_names is None else terms
         return result if return_dict is not False else result.to_tuple()
 
@@ -179,7 +179,7 @@ class PriorPeftModel(AdapterModel):
         result.row_bins = row_bins(rows, num_rows // count, scores["sure"], scores["right"])
         return scores["nll"]
 
-    def _prompts(self, adapter_names: list[str] | None, batch_size: int) -> dict[str, Prompt]:
+    def _prompts(self, adapter_names: list[str] | None, batch_size: int) -> dict[Any, Prompt]:
         """The prompts of a batch, in the order in which rows name them first."""
         names = [self.active_adapter] * batch_size if adapter_names is None else adapter_names
         if len(names) != batch_size or not set(names) <= set(self.peft_config):
@@ -190,19 +190,31 @@ class PriorPeftModel(AdapterModel):
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)
-        return {name: self.prompt(name, of, self.training) for name, of in rows.items()}
+        if not self.training:
+            return {name: self.prompt(name, of) for name, of in rows.items()}
+        return {key: prompt for name, of in rows.items() for key, prompt in self._trained_prompts(name, of)}
 
-    def prompt(self, name: str, rows: list[int] | None = None, drawn: bool = False) -> Prompt:
-        """θ of an adapter as it is now, its layers, and the rows of a batch that it comes before.
+    def _trained_prompts(self, name: str, rows: list[int]) -> Iterator[tuple[Any, Prompt]]:
+        """As a step of training takes them: a draw where a posterior is trained, with log p(θ) or −KL(q ‖ p).
 
-        `drawn`: as a step of training takes it, a draw where a posterior is trained, with log p(θ) or −KL(q ‖ p).
+        Rows are shared out among the Gaussians of a mixture, from another one on each time, as not all may get as many;
+        over processes as one process would, whose batch has the rows of all.
         """
         config, encoder = self.peft_config[name], self.prompt_encoder[name]
-        layers = config.selected_layers(config.num_layers)
-        if not drawn:
-            return Prompt(encoder(), layers, rows or [])
-        theta, log_prior = encoder(drawn=True, weighted=bool(config.prior_weight))
-        return Prompt(theta, layers, rows or [], log_prior)
+        thetas, log_prior = encoder(drawn=True, weighted=bool(config.prior_weight))
+        layers, count = config.selected_layers(config.num_layers), len(thetas)
+        if count == 1:
+            yield name, Prompt(thetas[0], layers, rows, log_prior)
+            return
+        device = None if encoder.noise is None else encoder.noise.device
+        first = int(torch.randint(count, (), generator=encoder.noise, device=device)) + process_rank() * len(rows)
+        for number in range(min(count, len(rows))):
+            yield (name, number), Prompt(thetas[(first + number) % count], layers, rows[number::count], log_prior)
+
+    def prompt(self, name: str, rows: list[int] | None = None) -> Prompt:
+        """θ of an adapter as it is now, its layers, and the rows of a batch that it comes before."""
+        config = self.peft_config[name]
+        return Prompt(self.prompt_encoder[name](), config.selected_layers(config.num_layers), rows or [])
 
     def run_prompt(self, name: str) -> PromptState:
         """The key/value cache of a prompt, and its last hidden state."""
@@ -260,7 +272,7 @@ class PriorPeftModel(AdapterModel):
         """
         if self._kept is None or torch.is_grad_enabled() or self.training or is_sharded(self):
             return prompt_pass(self.base_model, prompt)
-        encoder = self.prompt_encoder[name if isinstance(name, str) else name[0]]
+        encoder = self.prompt_encoder[_adapter(name)]
         tensors = list(encoder.state_dict(keep_vars=True).values())
         version = [(tensor.data_ptr(), tensor._version) for tensor in tensors], self._averaged
         if self._kept.get(name, (None,))[0] != version:
@@ -388,6 +400,11 @@ class PriorPeftModel(AdapterModel):
         if self.active_peft_config.tuning == "soft":
             return prompt.theta.expand(batch_size, -1, -1)
         return expand_cache(self._state(self.active_adapter, prompt).cache, batch_size)
+
+
+def _adapter(key: Any) -> str:
+    """The adapter whose prompt has that key in a batch: its name, or its name and the number of a draw."""
+    return key if isinstance(key, str) else key[0]
 
 
 def get_prior_model(

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
-from .inference.posterior import Posterior
+from .inference.posterior import MixturePosterior, Posterior
 from .inference.variational import divergence
 from .priors import Prior
 from .sharding import whole
@@ -23,8 +23,9 @@ class PriorPromptEncoder(BasePromptEncoder):
         posterior: How z spreads about the coordinate, where it is not a point.
 
     Attributes:
-        coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32.
-        point: z of the prompt that stands for the posterior, shape `[S, P, d]`; None where that is the coordinate, its mean.
+        coordinate: The parameter, z or θ, shape `[S, P, d]`, always float32: the mean of a posterior, or of the first
+            Gaussian of a mixture.
+        point: z of the prompt that stands for the posterior, shape `[S, P, d]`; None where that is the coordinate.
         initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
         is_particle: Whether it stands, with others, for the posterior of another prompt, and goes when training ends.
         free_scale: Whether the scale of the priors is found with the posterior, by the evidence.
@@ -46,7 +47,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         self.priors = nn.ModuleList(priors)
         self.coordinates = coordinates
         self.register_buffer("initial_prompt", prompt.detach().float().clone())
-        self.coordinate = nn.Parameter(self._from_prompt(self.initial_prompt))
+        self.coordinate = nn.Parameter(self.from_prompt(self.initial_prompt))
         self.posterior = posterior
         self.register_buffer("point", None)
         self.free_scale = self.is_particle = False
@@ -56,27 +57,40 @@ class PriorPromptEncoder(BasePromptEncoder):
 
         Args:
             drawn: For a step of training: with what its objective adds to the likelihood, in nats. These are θ and
-                log p(θ), or, where a posterior is trained, a draw from it and −KL(q ‖ p).
+                log p(θ), or, where a posterior is trained, a draw from it and −KL(q ‖ p); of each Gaussian of a mixture
+                one draw, shape `[C, S, P, d]`.
             weighted: Whether that has any weight; None is returned for it else.
         """
         # Both in the module's own forward: where a user has sharded the prompt too, it is whole here only.
         if drawn:
             if torch.is_grad_enabled():
                 self.point = None  # chosen of a posterior that now changes
-            prompt = self.samples(1, self.noise)[0] if self.is_variational else self._prompt()
-            return prompt, self._log_prior(prompt) if weighted else None
+            prompts = self.component_samples(self.noise) if self.is_variational else self._prompt()[None]
+            return prompts, self._log_prior(prompts) if weighted else None
         return self._prompt()
 
     def _prompt(self) -> Tensor:
-        return self.mean() if self.point is None else self._to_prompt(self.point)
-
-    def mean(self) -> Tensor:
-        """θ at the coordinate, shape `[S, P, d]`: of a posterior in whitened coordinates its mean."""
+        if self.point is not None:
+            return self._to_prompt(self.point)
         coordinate = whole(self.coordinate).float()
         if self.coordinates == "plain":
             # Not the parameter itself: sharded training frees that as soon as this module has run.
             return coordinate.clone()
         return self._to_prompt(coordinate)
+
+    def component_samples(self, generator: torch.Generator | None = None) -> Tensor:
+        """A draw of θ from each Gaussian of a variational posterior, shape `[C, S, P, d]`."""
+        parts = self.posterior.parts(self.coordinate)
+        with self._full_precision():
+            return torch.stack([self._to_prompt(part.sample(mean, 1, generator)[0]) for mean, part in parts])
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """θ at the mean of the posterior, in whitened coordinates, shape `[S, P, d]`; the prompt itself where it is a point."""
+        if self.posterior is None:
+            return self._prompt()
+        is_mixture = isinstance(self.posterior, MixturePosterior)
+        return self._to_prompt(self.posterior.mean(self.coordinate) if is_mixture else self.coordinate)
 
     @torch.no_grad()
     def rescale(self, factors: Tensor) -> None:
@@ -124,11 +138,11 @@ class PriorPromptEncoder(BasePromptEncoder):
         with self._full_precision():
             return torch.stack([prior.log_prob(theta) for prior, theta in zip(self.priors, prompt, strict=True)]).sum()
 
-    def _log_prior(self, prompt: Tensor) -> Tensor:
+    def _log_prior(self, prompts: Tensor) -> Tensor:
         if not self.is_variational:
-            return self.log_prob(prompt)
+            return self.log_prob(prompts[0])
         with self._full_precision():
-            return -divergence(self, prompt)
+            return -divergence(self, prompts)
 
     def drift(self, prompt: Tensor) -> Tensor:
         """Distance from the initial prompt in prior standard deviations, root mean square over coordinates."""
@@ -140,7 +154,7 @@ class PriorPromptEncoder(BasePromptEncoder):
     def set_prompt(self, prompt: Tensor) -> None:
         """Move the parameter to where θ equals `prompt` `[S, P, d]`, in place, so that optimizers keep it."""
         self.point = None
-        self.coordinate.copy_(self._from_prompt(prompt.to(self.coordinate)))
+        self.coordinate.copy_(self.from_prompt(prompt.to(self.coordinate)))
 
     def _to_prompt(self, coordinate: Tensor) -> Tensor:
         with self._full_precision():
@@ -150,7 +164,8 @@ class PriorPromptEncoder(BasePromptEncoder):
         # In bfloat16 the gradient of log p is off by a quarter where the covariance is narrow.
         return torch.autocast(self.coordinate.device.type, enabled=False)
 
-    def _from_prompt(self, prompt: Tensor) -> Tensor:
+    def from_prompt(self, prompt: Tensor) -> Tensor:
+        """The coordinate at which θ is `prompt`, shape `[S, P, d]`."""
         if self.coordinates == "plain":
             return prompt.clone()
         return torch.stack([prior.to_whitened(theta) for prior, theta in zip(self.priors, prompt, strict=True)])

@@ -211,9 +211,15 @@ class PriorTrainer(LikelihoodTrainer):
             self.learning_rates[other] = self.learning_rates[name]
             self.model.set_requires_grad(other, True)
             share(self.model.prompt_encoder[other], self.args.device)
-        for encoder in map(self.model.prompt_encoder.__getitem__, self.adapter_names):
+        for name in self.adapter_names:
+            encoder, config = self.model.prompt_encoder[name], self.model.peft_config[name]
             if not encoder.is_variational:
                 encoder.posterior = encoder.point = None
+            parameters = len(list(encoder.parameters()))
+            inference_from(config.inference, config.inference_kwargs).begin(self, name)
+            if len(list(encoder.parameters())) != parameters:
+                self.optimizer, self.model_wrapped = None, self.model
+                share(encoder, self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As `Trainer`'s; what it makes of DeepSpeed or FSDP holds until the base model is sharded."""

@@ -22,6 +22,7 @@ CONFIGS = {
     "longer": {"num_virtual_tokens": 6, "prior": "gaussian", "coordinates": "plain"},
     "deep": {"num_virtual_tokens": 4, "tuning": "deep", "layers": [0, -1]},
     "spread": {"num_virtual_tokens": 4, "inference": "variational", "inference_kwargs": {"rank": 2}},
+    "mixture": {"num_virtual_tokens": 4, "inference": "variational", "inference_kwargs": {"components": 3}, "seed": 2},
     "evidence": {
         "num_virtual_tokens": 4,
         "inference": "variational",

@@ -174,8 +174,9 @@ def posterior(adapter: Part) -> str | None:
     start = found["initial_deviation"]
     begun = f" ({number(start, 2)} when training began)" if start else ""
     kl = f"; KL(q ‖ p) {number(found['kl'])} nats" if found["kl"] is not None else ""
+    what = f"each of the posterior's {many} Gaussians" if (many := found.get("components", 1)) > 1 else "posterior"
     return (
-        f"posterior {number(found['deviation'], 2)} times as wide as the prior{begun}, {percent(1 - found['determined'])} of "
+        f"{what} {number(found['deviation'], 2)} times as wide as the prior{begun}, {percent(1 - found['determined'])} of "
         f"its variance; draws keep the prompt's nearest tokens {percent(_agreed([found]))} of the time{kl}"
     )
 

@@ -12,13 +12,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..hub.adapter import read_task
+from ..inference.posterior import MixturePosterior
 from ..names import check_at_least, check_choice
 from ..priors import prior_family
 from .common import check_installed, plain
 from .geometry import geometry_series, token_geometry
 from .languages import language_signal, word_reader
 from .members import Member, Null, Space, prior_digest, random_prompts, spaces_of
-from .posterior import initial_deviation, kl_divergence, nearest_agreement, posterior_draws, posterior_spread
+from .posterior import (
+    initial_deviation,
+    kl_divergence,
+    local_variance,
+    nearest_agreement,
+    posterior_draws,
+    posterior_spread,
+)
 from .projected import project
 from .runs import stability, word_odds
 from .sources import Source, base_model_of, read_sources
@@ -300,12 +308,13 @@ def _posterior(member: Member, space: Space, seed: int) -> dict[str, Any] | None
     if member.drawn is None:
         return None
     encoder = source.saved.encoder()
-    spreads = [posterior_spread(variance) for variance in encoder.variance()]
+    spreads = [posterior_spread(variance) for variance in local_variance(encoder)]
     near = member.near
     return {
         "inference": config.inference,
         "prior_weight": config.prior_weight,
         "num_draws": len(member.drawn),
+        "components": len(encoder.posterior.gaussians) if isinstance(encoder.posterior, MixturePosterior) else 1,
         "deviation": torch.stack([spread.deviation for spread in spreads]).mean(),
         "initial_deviation": initial_deviation(config.inference, config.inference_kwargs),
         "determined": torch.stack([spread.determined for spread in spreads]).mean(),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..inference.base import inference_from
-from ..inference.posterior import GaussianPosterior, SampledPosterior
+from ..inference.posterior import GaussianPosterior, MixturePosterior, SampledPosterior
 from ..inference.variational import divergence
 from ..prompt import PriorPromptEncoder
 from .common import Result, check_points
@@ -71,10 +71,25 @@ def posterior_draws(encoder: PriorPromptEncoder, seed: int = 0) -> Tensor | None
 
 @torch.no_grad()
 def kl_divergence(encoder: PriorPromptEncoder, seed: int = 0) -> float | None:
-    """KL(q ‖ p) in nats of a Gaussian posterior, by one draw where the prior is not Gaussian; None of others."""
-    if not isinstance(encoder.posterior, GaussianPosterior):
+    """KL(q ‖ p) in nats of a Gaussian posterior, by one draw where the prior is not Gaussian; None of others.
+
+    Of a mixture the mean over its Gaussians, which is above it by log C at most.
+    """
+    if not isinstance(encoder.posterior, (GaussianPosterior, MixturePosterior)):
         return None
-    return divergence(encoder, encoder.samples(1, torch.Generator().manual_seed(seed))[0]).item()
+    return divergence(encoder, encoder.component_samples(torch.Generator().manual_seed(seed))).item()
+
+
+@torch.no_grad()
+def local_variance(encoder: PriorPromptEncoder) -> Tensor:
+    """Posterior variance of each coordinate in the prior's, shape `[S, P, d]`; of a mixture the mean within its Gaussians.
+
+    How far apart those lie says what the data leave open, not how narrow they make a prompt.
+    """
+    if not isinstance(encoder.posterior, MixturePosterior):
+        return encoder.variance()
+    parts = encoder.posterior.parts(encoder.coordinate)
+    return torch.stack([gaussian.variance(mean) for mean, gaussian in parts]).mean(0)
 
 
 def initial_deviation(inference: str, settings: dict[str, Any]) -> float | None:

@@ -205,8 +205,8 @@ class SavedAdapter:
                 f"like the model's, got a {saved.coordinates} one of shape {tuple(saved.coordinate.shape)}: "
                 "use the configuration it was trained with"
             )
-        if not encoder.is_variational:
-            encoder.posterior = saved.posterior  # of as many draws as there were by then
+        if not encoder.is_variational or encoder.posterior.state_dict().keys() != saved.posterior.state_dict().keys():
+            encoder.posterior = saved.posterior  # of as many draws, or Gaussians, as there were by then
         encoder.point = saved.point
         encoder.load_state_dict(saved.state_dict())
 

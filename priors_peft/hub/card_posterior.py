@@ -45,12 +45,14 @@ def posterior(facts: "Facts") -> str | None:
     if not has_posterior(facts):
         return None
     shapes = _shapes(facts)
+    gaussians = shapes.pop("posterior.means", [0])[0] + 1
     count = next((shape[0] for shape in shapes.values()), 0)
     what = {
         "sghmc": f"{plural(count, 'draw')} of a Markov chain (stochastic gradient Hamiltonian Monte Carlo)",
         "svgd": f"{plural(count, 'particle')} (Stein variational gradient descent)",
         "laplace": f"a Gaussian about the mode, narrower than the prior in {plural(count, 'direction')} (Laplace)",
-        "variational": "a Gaussian with a variance for each coordinate"
+        "variational": ("a Gaussian" if gaussians == 1 else f"a mixture of {gaussians} Gaussians, each")
+        + " with a variance for each coordinate"
         + (f" and {plural(count, 'direction')} in which they vary together" if count else "")
         + " (variational inference)",
     }
@@ -63,14 +65,15 @@ def posterior(facts: "Facts") -> str | None:
 
 
 def _shapes(facts: "Facts") -> dict[str, list[int]]:
-    """Shapes of the posterior's tensors, those first whose length is a number of draws or directions, and of its point."""
+    """Shapes of the posterior's tensors, those first whose length is a number of Gaussians, draws or directions, and its point's."""
     from safetensors import safe_open
 
     path = facts.folder / facts.adapters[facts.name][0] / PRIOR_WEIGHTS
     if not path.is_file():
         return {}
     with safe_open(path, "pt") as tensors:
-        names = [*(f"posterior.{name}" for name in ("draws", "directions", "factor", "rho")), "point"]
+        kinds = ("means", "draws", "directions", "factor", "gaussians.0.factor", "rho")
+        names = [*(f"posterior.{name}" for name in kinds), "point"]
         return {name: tensors.get_slice(name).get_shape() for name in names if name in tensors.keys()}  # noqa: SIM118
 
 

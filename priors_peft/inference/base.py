@@ -41,6 +41,9 @@ class Inference:
         """What is trained beside the encoder's coordinate."""
         return None
 
+    def begin(self, trainer: "PriorTrainer", name: str) -> None:
+        """Called for each prompt when training begins or is resumed, before there is an optimizer."""
+
     def prompts(self, model: Any, name: str) -> list[str]:
         """The prompts that are trained for the prompt `name`, itself first; called when training begins or is resumed."""
         return [name]

@@ -1,6 +1,8 @@
 """What is known of a prompt beyond a point: how coordinates z spread about the encoder's own, m."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,10 @@ class GaussianPosterior(nn.Module):
         """Variance of each coordinate, shape `[S, P, d]`."""
         return (2 * self.log_scale).exp() + self.factor.square().sum(0)
 
+    def parts(self, mean: Tensor) -> "list[tuple[Tensor, GaussianPosterior]]":
+        """The Gaussians that it is made of, with their means `[S, P, d]`."""
+        return [(mean, self)]
+
     def sample(self, mean: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """`count` draws of z about `mean` `[S, P, d]`, shape `[count, S, P, d]`."""
         noise = _noise((count, *mean.shape), generator, mean) * self.log_scale.exp()
@@ -66,6 +72,59 @@ class GaussianPosterior(nn.Module):
         scaled = flat * (-log_scale).exp()
         inner = torch.eye(len(flat), device=flat.device) + scaled @ scaled.mT
         return log_scale.numel() / 2 * math.log(2 * math.pi * math.e) + log_scale.sum() + inner.logdet() / 2
+
+
+class MixturePosterior(nn.Module):
+    """Gaussians of equal weight, the first about the encoder's coordinate.
+
+    Args:
+        gaussians: All of them.
+        means: z about which those after the first lie, shape `[C - 1, S, P, d]`.
+        trained: Whether all are parameters.
+    """
+
+    means: Tensor
+
+    def __init__(self, gaussians: Sequence[GaussianPosterior], means: Tensor, trained: bool) -> None:
+        super().__init__()
+        if len(means) != len(gaussians) - 1 or means.shape[1:] != gaussians[0].rho.shape:
+            expected = [len(gaussians) - 1, *gaussians[0].rho.shape]
+            raise ValueError(f"means must have shape {expected}, got {list(means.shape)}")
+        self.gaussians = nn.ModuleList(gaussians)
+        if trained:
+            self.means = nn.Parameter(means)
+        else:
+            self.register_buffer("means", means)
+
+    def parts(self, mean: Tensor) -> list[tuple[Tensor, Any]]:
+        """The Gaussians that it is made of, with their means `[S, P, d]`; that of the first is `mean`."""
+        return list(zip([mean, *self.means], self.gaussians, strict=True))
+
+    def mean(self, mean: Tensor) -> Tensor:
+        """Its own mean, shape `[S, P, d]`."""
+        return torch.stack([center for center, _ in self.parts(mean)]).mean(0)
+
+    def variance(self, mean: Tensor) -> Tensor:
+        """Variance of each coordinate, within the Gaussians and between them, shape `[S, P, d]`."""
+        parts = self.parts(mean)
+        within = torch.stack([gaussian.variance(center) for center, gaussian in parts]).mean(0)
+        return within + torch.stack([center for center, _ in parts]).var(0, correction=0)
+
+    def sample(self, mean: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """`count` draws of z, shape `[count, S, P, d]`; of each Gaussian one before there is another of any."""
+        parts = self.parts(mean)
+        device = mean.device if generator is None else generator.device
+        order = [
+            index for _ in range(-(-count // len(parts))) for index in _permutation(len(parts), generator, device)
+        ]
+        chosen = [parts[index] for index in order[:count]]
+        return torch.cat([gaussian.sample(center, 1, generator) for center, gaussian in chosen])
+
+    def scale_by(self, factor: Tensor) -> None:
+        """Multiply z by `factor`, shape `[S, 1, 1]`, in place."""
+        self.means.data *= factor
+        for gaussian in self.gaussians:
+            gaussian.scale_by(factor)  # type: ignore[operator]
 
 
 class DirectionalPosterior(nn.Module):
@@ -120,11 +179,11 @@ class SampledPosterior(nn.Module):
         """`count` of the draws, shape `[count, S, P, d]`; each once before any comes again."""
         device = self.draws.device if generator is None else generator.device
         rounds = -(-count // len(self.draws))
-        order = [torch.randperm(len(self.draws), generator=generator, device=device) for _ in range(rounds)]
-        return self.draws[torch.cat(order)[:count].to(self.draws.device)]
+        order = [index for _ in range(rounds) for index in _permutation(len(self.draws), generator, device)]
+        return self.draws[order[:count]]
 
 
-Posterior = GaussianPosterior | DirectionalPosterior | SampledPosterior
+Posterior = GaussianPosterior | MixturePosterior | DirectionalPosterior | SampledPosterior
 
 
 def posterior_from(state: dict[str, Tensor], trained: bool) -> Posterior | None:
@@ -141,7 +200,17 @@ def posterior_from(state: dict[str, Tensor], trained: bool) -> Posterior | None:
         return DirectionalPosterior(state["directions"], state["scale"], state["rest"])
     if state.keys() == {"rho", "factor"}:
         return GaussianPosterior(state["rho"], state["factor"], trained)
+    if "means" in state:
+        count = len(state["means"]) + 1
+        keys = [(f"gaussians.{index}.rho", f"gaussians.{index}.factor") for index in range(count)]
+        if state.keys() == {"means", *(key for pair in keys for key in pair)}:
+            gaussians = [GaussianPosterior(state[rho], state[factor], trained) for rho, factor in keys]
+            return MixturePosterior(gaussians, state["means"], trained)
     raise ValueError(f"a posterior must hold draws, or rho and factor, or directions, got {', '.join(sorted(state))}")
+
+
+def _permutation(count: int, generator: torch.Generator | None, device: torch.device) -> list[int]:
+    return torch.randperm(count, generator=generator, device=device).tolist()
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:

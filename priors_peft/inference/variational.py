@@ -1,5 +1,7 @@
-"""Mean-field variational inference: the Gaussian q(z) of least KL(q ‖ p(z | data)), trained beside its mean."""
+"""Variational inference: the Gaussian q(z), or mixture of some, of least KL(q ‖ p(z | data))."""
 
+import copy
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -7,12 +9,17 @@ import torch
 from torch import Tensor
 
 from .base import Inference
-from .posterior import GaussianPosterior
+from .posterior import GaussianPosterior, MixturePosterior
 
 
 if TYPE_CHECKING:
     from ..prompt import PriorPromptEncoder
     from ..trainer import PriorTrainer
+
+logger = logging.getLogger(__name__)
+
+# How often a Gaussian sees each row, from which on another one is worth more, and how many there are at most.
+VISITS, MOST = 8, 4
 
 
 class Variational(Inference):
@@ -21,7 +28,11 @@ class Variational(Inference):
     The KL is exact against Gaussian priors, by the same draw against others. `prior_weight` < 1 is the cold posterior of
     Wenzel et al. (2020); `prior_weight_schedule="linear"` its warm-up.
 
+    Where data are few and training sees each row many times, q is a mixture of Gaussians of equal weight (Jaakkola & Jordan,
+    1998; of independent starts Wilson & Izmailov, 2020), which share each step's rows out among them: it takes no more steps.
+
     Args:
+        components: How many Gaussians; `"auto"`: as many as see each row some eight times in training, at most 4.
         initial_scale: Standard deviation of q at the start, in prior standard deviations, > 0.
         rank: Directions in which coordinates vary together, beside their own variances (Ong et al., 2018); 0 for none.
 
@@ -32,12 +43,14 @@ class Variational(Inference):
     samples = True
     prior_weight = 0.03
 
-    def __init__(self, initial_scale: float = 0.1, rank: int = 0) -> None:
+    def __init__(self, initial_scale: float = 0.1, rank: int = 0, components: int | str = "auto") -> None:
         if not initial_scale > 0:
             raise ValueError(f"initial_scale must be > 0, got {initial_scale}")
         if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"rank must be an integer >= 0, got {rank!r}")
-        self.initial_scale, self.rank = initial_scale, rank
+        if components != "auto" and (not isinstance(components, int) or components < 1):
+            raise ValueError(f'components must be an integer >= 1 or "auto", got {components!r}')
+        self.initial_scale, self.rank, self.components = initial_scale, rank, components
 
     def start(self, encoder: "PriorPromptEncoder") -> GaussianPosterior:
         shape = encoder.coordinate.shape
@@ -48,23 +61,55 @@ class Variational(Inference):
         scale = torch.full(shape, float(share))
         return GaussianPosterior.of_scale(scale, factor, trained=True).to(encoder.coordinate.device)
 
+    def begin(self, trainer: "PriorTrainer", name: str) -> None:
+        from ..fitting import new_prompt
+
+        encoder, config = trainer.model.prompt_encoder[name], trainer.model.peft_config[name]
+        posterior, count = encoder.posterior, self._count(trainer)
+        if count == 1 or not isinstance(posterior, GaussianPosterior) or posterior.log_scale.unique().numel() > 1:
+            return  # what was trained before goes on as it is
+        priors, start = copy.deepcopy(encoder.priors).cpu(), encoder().detach()
+        means = []
+        for number in range(1, count):
+            # A prompt that did not begin at a draw of its prior has no other beginning.
+            prompt = new_prompt(trainer.model.base_model, config, priors, config.seed + 1_000_003 * number).to(start)
+            new = encoder.drift(start) < 1e-3
+            means.append(encoder.from_prompt(prompt if new else start))
+        others = [copy.deepcopy(posterior) for _ in means]
+        encoder.posterior = MixturePosterior([posterior, *others], torch.stack(means), trained=True)
+        logger.info("the posterior of %r is a mixture of %d Gaussians", name, count)
+
+    def _count(self, trainer: "PriorTrainer") -> int:
+        if isinstance(self.components, int):
+            return self.components
+        args, rows = trainer.args, trainer.train_dataset
+        if not hasattr(rows, "__len__"):
+            return 1
+        seen = trainer.get_total_train_batch_size(args) * args.max_steps / len(rows)
+        visits = seen if args.max_steps > 0 else args.num_train_epochs
+        return max(1, min(MOST, round(visits / VISITS)))
+
     def finish(self, trainer: "PriorTrainer") -> None:
         for name in trainer.adapter_names:
             encoder = trainer.model.prompt_encoder[name]
             if encoder.free_scale:
-                second_moment = encoder.coordinate.square() + encoder.posterior.variance(encoder.coordinate)
-                encoder.rescale(second_moment.detach().mean((1, 2)).sqrt())
+                parts = encoder.posterior.parts(encoder.coordinate)
+                second_moment = torch.stack([mean.square() + part.variance(mean) for mean, part in parts])
+                encoder.rescale(second_moment.detach().mean((0, 2, 3)).sqrt())
 
 
-def divergence(encoder: "PriorPromptEncoder", prompt: Tensor) -> Tensor:
+def divergence(encoder: "PriorPromptEncoder", prompts: Tensor) -> Tensor:
     """KL(q ‖ p) in nats; against layers whose prior is not Gaussian estimated by one draw.
+
+    Of a mixture of C Gaussians it is their mean, KL(q_c ‖ p), which is above KL(q ‖ p), as that is convex in q, by log C at
+    most: by that where they do not overlap, and in the dimensions of prompts they do not.
 
     Args:
         encoder: Of q and p.
-        prompt: A draw θ from q, shape `[S, P, d]`.
+        prompts: A draw θ from each Gaussian of q, shape `[C, S, P, d]`.
     """
-    posterior = encoder.posterior
-    second_moment = encoder.coordinate.square() + posterior.variance(encoder.coordinate)
+    parts = encoder.posterior.parts(encoder.coordinate)
+    second_moment = torch.stack([mean.square() + part.variance(mean) for mean, part in parts]).mean(0)
     expected = []
     for layer, prior in enumerate(encoder.priors):
         if prior.is_gaussian:
@@ -74,6 +119,7 @@ def divergence(encoder: "PriorPromptEncoder", prompt: Tensor) -> Tensor:
                 total = size * (1 + (total / size).log())
             expected.append(-(total + size * math.log(2 * math.pi)) / 2)
         else:
-            volume = prior.scale_tril.diagonal().log().sum() * prompt.shape[1]
-            expected.append(prior.log_prob(prompt[layer]) + volume)
-    return -posterior.entropy() - torch.stack(expected).sum()
+            volume = prior.scale_tril.diagonal().log().sum() * prompts.shape[2]
+            expected.append(torch.stack([prior.log_prob(prompt[layer]) for prompt in prompts]).mean() + volume)
+    entropy = torch.stack([part.entropy() for _, part in parts]).mean()
+    return -entropy - torch.stack(expected).sum()

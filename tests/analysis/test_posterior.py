@@ -8,7 +8,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from planted_analysis import planted
 
-from priors_peft import PriorConfig, get_prior_model
+from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
 from priors_peft.analysis import analyze, claims
 from priors_peft.analysis.pictures import posterior as picture
 from priors_peft.analysis.pictures.style import STYLE
@@ -21,7 +21,7 @@ from priors_peft.analysis.posterior import (
 )
 from priors_peft.analysis.report import save_report
 from priors_peft.inference.laplace import laplace_posterior
-from priors_peft.inference.posterior import GaussianPosterior, SampledPosterior
+from priors_peft.inference.posterior import GaussianPosterior, MixturePosterior, SampledPosterior
 
 
 P = 4
@@ -119,6 +119,24 @@ def test_an_analysis_holds_the_posterior_beside_its_prior(tmp_path):
     assert norm["posterior"] == pytest.approx([norm["values"][-1]] * 2, rel=1e-3)
     # The means are alike, and so is what is said of them.
     assert found["adapters"][0]["tokens"] == found["adapters"][1]["tokens"]
+
+
+def test_of_a_mixture_it_is_told_how_wide_its_gaussians_are(tmp_path):
+    def mixture(coordinate):
+        far = torch.stack([coordinate.detach() + 5, coordinate.detach() - 5])
+        return MixturePosterior([gaussian(0.2)(coordinate) for _ in range(3)], far, trained=True)
+
+    path = saved(tmp_path / "mixture", mixture, inference="variational")
+    adapter = run(path)["adapters"][0]
+    found = adapter["posterior"]
+    assert found["components"] == 3 and found["deviation"] == pytest.approx(0.2)
+    assert found["determined"] == pytest.approx(0.96)
+    assert claims.posterior(adapter).startswith("each of the posterior's 3 Gaussians 0.2 times as wide as the prior")
+    encoder = PriorPeftModel.from_pretrained(make_model(), str(path)).prompt_encoder["default"]
+    parts = encoder.posterior.parts(encoder.coordinate)
+    one = [torch.distributions.Normal(mean, 0.2) for mean, _ in parts]
+    alone = [torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum().detach() for q in one]
+    assert found["kl"] == pytest.approx(torch.stack(alone).mean().item(), rel=1e-4)
 
 
 def test_layers_of_deep_posteriors_have_a_width_each(tmp_path):

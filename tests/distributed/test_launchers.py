@@ -37,6 +37,7 @@ RUNS = {
         "--prior_kwargs",
         '{"scale": "evidence"}',
     ],
+    "mixture": [*TEMPERED, "variational", "--inference_kwargs", '{"components": 3}'],
     "laplace": [*TEMPERED, "laplace", "--inference_kwargs", '{"num_draws": 2}'],
     "sghmc": [*TEMPERED, "sghmc", "--inference_kwargs", '{"num_samples": 2, "cycles": 1}'],
     "svgd": [*TEMPERED, "svgd", "--inference_kwargs", '{"num_particles": 2}'],

@@ -69,6 +69,12 @@ def test_evaluate_measures_what_training_did(variational, place, capsys):
         ("laplace", {"num_draws": 3}, "narrower than the prior in 3 directions"),
         ("sghmc", {"num_samples": 2, "cycles": 1}, "2 draws of a Markov chain"),
         ("svgd", {"num_particles": 2}, "2 particles"),
+        ("variational", {"components": 3}, "a mixture of 3 Gaussians, each with a variance for each coordinate (var"),
+        (
+            "variational",
+            {"components": 2, "rank": 4},
+            "a mixture of 2 Gaussians, each with a variance for each coordinate and 4",
+        ),
     ],
 )
 def test_what_was_drawn_is_said(tmp_path, inference, settings, told):

@@ -9,7 +9,7 @@ from toy import Toy, moments
 
 from priors_peft.inference.base import inference_from, inference_names
 from priors_peft.inference.laplace import best_precision, curvature, laplace_posterior, log_evidence
-from priors_peft.inference.posterior import GaussianPosterior, SampledPosterior, posterior_from
+from priors_peft.inference.posterior import GaussianPosterior, MixturePosterior, SampledPosterior, posterior_from
 from priors_peft.inference.sghmc import HamiltonianMonteCarlo, Sghmc
 from priors_peft.inference.svgd import stein_gradients
 from priors_peft.inference.variational import Variational, divergence
@@ -54,6 +54,73 @@ def test_the_variational_optimum_of_full_rank_is_the_posterior():
     assert close(mean, toy.mean, 0.05) and close(covariance, toy.covariance, 0.15)
 
 
+@pytest.mark.slow
+def test_every_gaussian_of_a_mixture_finds_the_posterior():
+    toy = Toy.make()
+    encoder = toy.encoder()
+    gaussians = [Variational(rank=4).start(encoder) for _ in range(3)]
+    means = torch.stack([toy.encoder(seed=seed).coordinate.detach() for seed in (1, 2)])
+    encoder.posterior = MixturePosterior(gaussians, means, trained=True)
+    fit(toy, encoder, 4000)
+    for mean, gaussian in encoder.posterior.parts(encoder.coordinate):
+        draws = gaussian.sample(mean.detach(), 20_000, torch.Generator().manual_seed(1)).flatten(1)
+        assert close(draws.mean(0), toy.mean, 0.05) and close(draws.T.cov(), toy.covariance, 0.15)
+    mean, covariance = moments(encoder)
+    assert close(mean, toy.mean, 0.05) and close(covariance, toy.covariance, 0.15)
+
+
+def mixture(count=3, rank=2, shape=(1, 2, 3)):
+    generator = torch.Generator().manual_seed(0)
+    gaussians = [
+        GaussianPosterior.of_scale(
+            torch.rand(shape, generator=generator) + 0.1, torch.randn(rank, *shape, generator=generator)
+        )
+        for _ in range(count)
+    ]
+    coordinate, *means = torch.randn(count, *shape, generator=generator)
+    return coordinate, MixturePosterior(gaussians, torch.stack(means), trained=False)
+
+
+def test_a_mixtures_mean_and_variance_are_those_of_its_draws():
+    coordinate, posterior = mixture()
+    draws = posterior.sample(coordinate, 60_000, torch.Generator().manual_seed(1))
+    assert torch.allclose(draws.mean(0), posterior.mean(coordinate), atol=0.03)
+    assert torch.allclose(draws.var(0), posterior.variance(coordinate), rtol=0.03)
+    posterior.scale_by(torch.full((1, 1, 1), 2.0))
+    draws = posterior.sample(2 * coordinate, 60_000, torch.Generator().manual_seed(1))
+    assert torch.allclose(draws.var(0), posterior.variance(2 * coordinate), rtol=0.03)
+
+
+def test_a_mixture_draws_of_each_gaussian_equally_often():
+    coordinate, posterior = mixture(rank=0)
+    for gaussian in posterior.gaussians:
+        gaussian.rho.fill_(-50.0)  # a point
+    means = [mean.tolist() for mean, _ in posterior.parts(coordinate)]
+    drawn = [posterior.sample(coordinate, count, torch.Generator().manual_seed(count)) for count in range(1, 8)]
+    for draws in drawn:
+        near = [min(range(3), key=lambda index: (draw - torch.tensor(means[index])).norm()) for draw in draws]
+        counts = [near.count(index) for index in range(3)]
+        assert max(counts) - min(counts) <= 1
+    assert not torch.allclose(drawn[0], drawn[1][:1]) or not torch.allclose(drawn[0], drawn[2][:1])
+
+
+def test_the_divergence_of_a_mixture_is_above_its_own_by_log_c_where_gaussians_are_far_apart():
+    toy = Toy.make()
+    scale = torch.full((1, 1, 4), 0.05)
+    gaussians = [GaussianPosterior.of_scale(scale) for _ in range(3)]
+    means = torch.tensor([[3.0, 0, 0, 0], [0, -3.0, 0, 0]]).view(2, 1, 1, 4)
+    encoder = toy.encoder(MixturePosterior(gaussians, means, trained=False))
+    parts = encoder.posterior.parts(encoder.coordinate.detach())
+    each = [torch.distributions.Normal(mean.flatten(), 0.05) for mean, _ in parts]
+    prior = torch.distributions.Normal(0.0, 1.0)
+    alone = torch.stack([torch.distributions.kl_divergence(one, prior).sum() for one in each])
+    found = divergence(encoder, encoder.component_samples()).item()
+    assert found == pytest.approx(alone.mean().item(), rel=1e-5)
+    draws = encoder.posterior.sample(encoder.coordinate.detach(), 30_000, torch.Generator().manual_seed(1)).flatten(1)
+    log_q = torch.stack([one.log_prob(draws).sum(1) for one in each]).logsumexp(0) - math.log(3)
+    assert found - (log_q - prior.log_prob(draws).sum(1)).mean().item() == pytest.approx(math.log(3), abs=0.05)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_variational_posterior_starts_as_wide_as_it_is_said(rank):
     start = Variational(initial_scale=0.1, rank=rank).start(SimpleNamespace(coordinate=torch.zeros(1, 20, 64)))
@@ -70,7 +137,7 @@ def test_the_divergence_from_a_gaussian_prior_is_that_of_torch_distributions(ran
     covariance = scale.flatten().square().diag() + factor.flatten(1).mT @ factor.flatten(1)
     q = torch.distributions.MultivariateNormal(encoder().detach()[0, 0], root @ covariance @ root.mT)
     expected = torch.distributions.kl_divergence(q, toy.prior.distribution)
-    assert divergence(encoder, encoder.samples(1)[0]).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert divergence(encoder, encoder.samples(1)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_divergence_from_another_prior_is_right_on_average():
@@ -80,16 +147,16 @@ def test_the_divergence_from_another_prior_is_right_on_average():
     toy.prior = gaussian
     scale = torch.rand(1, 1, 3, generator=generator) + 0.5
     encoder = toy.encoder(GaussianPosterior.of_scale(scale))
-    exact = divergence(encoder, encoder.samples(1)[0]).item()
+    exact = divergence(encoder, encoder.samples(1)).item()
     gaussian.is_gaussian = False
     torch.manual_seed(0)
-    drawn = [divergence(encoder, encoder.samples(1)[0]).item() for _ in range(4000)]
+    drawn = [divergence(encoder, encoder.samples(1)).item() for _ in range(4000)]
     error = torch.tensor(drawn).std().item() / math.sqrt(len(drawn))
     assert abs(sum(drawn) / len(drawn) - exact) < 4 * error
     far = ExclusionPrior.fit(torch.randn(50, 3, generator=generator), c=2.0)
     toy.prior = far
     encoder = toy.encoder(GaussianPosterior.of_scale(scale))
-    assert divergence(encoder, encoder.initial_prompt).isfinite()
+    assert divergence(encoder, encoder.initial_prompt[None]).isfinite()
 
 
 def test_the_laplace_posterior_and_evidence_of_a_linear_model_are_exact():

@@ -22,15 +22,20 @@ from priors_peft.snapshots import read_snapshots
 SETTINGS = {
     "map": {},
     "variational": {},
+    "mixture": {"components": 3},
     "laplace": {"num_draws": 6},
     "sghmc": {"num_samples": 4, "cycles": 1},
     "svgd": {"num_particles": 3},
 }
 
 
+def named(inference):
+    return "variational" if inference == "mixture" else inference
+
+
 def trained(folder, inference, resume=None, **settings):
     config = {
-        "inference": inference,
+        "inference": named(inference),
         "inference_kwargs": SETTINGS[inference],
         "prior_weight": 0.1,
         "num_virtual_tokens": 4,
@@ -64,13 +69,13 @@ def test_the_same_seed_gives_the_same_posterior_and_a_folder_keeps_it(tmp_path, 
     trainers[0].save_model()
     loaded = PriorPeftModel.from_pretrained(make_model(), str(tmp_path / "0"))
     assert torch.equal(loaded.posterior_samples(3, seed=1), draws[0])
-    assert loaded.active_peft_config.inference == inference and list(loaded.peft_config) == ["default"]
+    assert loaded.active_peft_config.inference == named(inference) and list(loaded.peft_config) == ["default"]
     stock = PeftModel.from_pretrained(make_model(), str(tmp_path / "0"))
     assert torch.allclose(stock.prompt_encoder["default"].embedding.weight, loaded.prompt("default").theta[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inference", ["variational", "sghmc", "svgd"])
+@pytest.mark.parametrize("inference", ["variational", "mixture", "sghmc", "svgd"])
 def test_resumed_training_ends_with_the_same_posterior(tmp_path, inference):
     whole = trained(tmp_path / "whole", inference, max_steps=8)
     trained(tmp_path / "cut", inference, max_steps=8, save_strategy="steps", save_steps=5)
@@ -144,10 +149,86 @@ def test_a_variational_step_minimizes_the_bound(tmp_path):
     torch.manual_seed(3)
     outputs = model(**batch)
     torch.manual_seed(3)
-    prompt, log_prior = model.prompt_encoder["default"](drawn=True)
+    (prompt,), log_prior = model.prompt_encoder["default"](drawn=True)
     assert torch.allclose(outputs.log_prior, log_prior) and log_prior < 0
     model.eval().prompt_encoder["default"].set_prompt(prompt)
     assert model(**batch).loss.item() == pytest.approx(outputs.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("tuning", ["soft", "deep"])
+def test_gaussians_of_a_mixture_share_the_rows_of_a_step(tmp_path, tuning, rows):
+    config = {"inference": "variational", "inference_kwargs": SETTINGS["mixture"], "tuning": tuning}
+    trainer = make_trainer(tmp_path, config=config)
+    trainer._begin()
+    model = trainer.model.train()
+    encoder, batch = model.prompt_encoder["default"], batch_of(model, rows)
+    seen = set()
+    for seed in range(12):
+        encoder.noise = torch.Generator().manual_seed(seed)
+        outputs = model(**batch)
+        outputs.loss.backward()
+        trained_by = encoder.coordinate.grad.abs().sum() > 0, *(encoder.posterior.means.grad.abs().sum((1, 2, 3)) > 0)
+        seen.add(tuple(map(bool, trained_by)))
+        model.zero_grad()
+        encoder.noise = torch.Generator().manual_seed(seed)
+        thetas, log_prior = encoder(drawn=True)
+        assert torch.equal(outputs.log_prior, log_prior)
+        # Each row's likelihood is that under the draw of one of them, which get as many rows as the others or one less.
+        with torch.no_grad():
+            point = encoder.coordinate.clone()
+            alone = []
+            for theta in thetas:
+                encoder.set_prompt(theta)
+                alone.append(model.eval()(**batch).row_nll)
+            encoder.coordinate.copy_(point)
+            model.train()
+        near = (torch.stack(alone) - outputs.row_nll).abs()
+        assert near.min(0).values.max() < 1e-4
+        counts = torch.bincount(near.argmin(0), minlength=3)
+        assert counts.max() - counts.min() <= 1
+    assert {sum(of) for of in seen} == {min(3, rows)} and all(map(any, zip(*seen, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "count"), [(32, 120, 4), (16, 120, 4), (128, 120, 1), (128, 300, 2), (1024, 120, 1), (32, -1, 1)]
+)
+def test_a_posterior_has_as_many_gaussians_as_see_each_row_eight_times(tmp_path, rows, steps, count):
+    trainer = make_trainer(
+        tmp_path, rows=rows, config={"inference": "variational"}, max_steps=steps, per_device_train_batch_size=8
+    )
+    trainer._begin()
+    encoder = trainer.model.prompt_encoder["default"]
+    parts = encoder.posterior.parts(encoder.coordinate)
+    assert len(parts) == count
+    starts = torch.stack([mean for mean, _ in parts])
+    assert count == 1 or torch.pdist(starts.flatten(1)).min() > 1  # draws of the prior of their own
+
+
+def test_the_gaussians_of_a_prompt_that_was_trained_begin_where_it_is(tmp_path):
+    trained(tmp_path / "point", "map").save_model()
+    config = PriorConfig(
+        num_virtual_tokens=4, inference="variational", prior_weight=0.1, inference_kwargs={"components": 3}
+    )
+    model = PriorPeftModel.from_pretrained(make_model(), str(tmp_path / "point"), config=config, is_trainable=True)
+    trainer = make_trainer(tmp_path, model=model)
+    trainer._begin()
+    encoder = model.prompt_encoder["default"]
+    assert torch.allclose(encoder.posterior.means, encoder.coordinate.expand(2, -1, -1, -1), atol=1e-5)
+    trainer.train()  # their noise is their own
+    assert torch.pdist(torch.stack([encoder.coordinate, *encoder.posterior.means]).flatten(1)).min() > 1e-2
+
+
+def test_a_trained_mixture_goes_on_with_its_gaussians(tmp_path):
+    trained(tmp_path, "mixture").save_model()
+    model = PriorPeftModel.from_pretrained(make_model(), str(tmp_path), is_trainable=True)
+    before = {name: value.clone() for name, value in model.prompt_encoder.state_dict().items()}
+    trainer = make_trainer(tmp_path / "again", model=model, max_steps=2)
+    trainer._begin()
+    assert all(torch.equal(value, before[name]) for name, value in model.prompt_encoder.state_dict().items())
+    trainer.train()
+    after = model.prompt_encoder["default"].posterior.state_dict()
+    assert all(not torch.equal(after[key], before[f"default.posterior.{key}"]) for key in after if after[key].numel())
 
 
 TEXT = {"prior": "text", "prior_kwargs": {"text": "what is 3 plus 4 ?"}}
@@ -161,7 +242,7 @@ def test_a_scheduled_weight_warms_the_divergence_up_for_every_tuning_and_a_descr
     trainer = make_trainer(tmp_path, config=config, prior_weight_schedule="linear", learning_rate=1e-9)
     trainer.train()
     encoder = trainer.model.prompt_encoder["default"]
-    nats = divergence(encoder, encoder.samples(1)[0]).item() / trainer.num_supervised_tokens
+    nats = divergence(encoder, encoder.samples(1)).item() / trainer.num_supervised_tokens
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["loss"] - entry["prior/nll"] for entry in entries] == pytest.approx(
         [weight * nats for weight in (0.0, 0.25, 0.5, 0.5)], abs=2e-4 + 1e-5 * nats

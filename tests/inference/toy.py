@@ -41,8 +41,9 @@ class Toy:
 
     def loss(self, encoder):
         """What `PriorTrainer` minimizes, a row for a token."""
-        prompt, log_prior = encoder(drawn=True)
-        return (self.nll(prompt) - self.temperature * log_prior) / len(self.inputs)
+        prompts, log_prior = encoder(drawn=True)
+        nll = torch.stack([self.nll(prompt) for prompt in prompts]).mean()
+        return (nll - self.temperature * log_prior) / len(self.inputs)
 
     @property
     def mean(self):
