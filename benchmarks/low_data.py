@@ -63,15 +63,16 @@ EVALUATE_EVERY = 10
 
 OURS: dict[str, dict[str, Any]] = {
     "map": {"inference": "map"},
-    "variational": {"inference": "variational", "prior_weight": 0.03},
+    "variational": {"inference": "variational", "prior_weight": 0.01},
     "sghmc": {"inference": "sghmc", "prior_weight": 0.1},
     "laplace": {"inference": "laplace", "prior_weight": 1.0},
-    "text": {"inference": "variational", "prior_weight": 0.03, "prior": "text"},
-    "empirical": {"inference": "variational", "prior_weight": 0.03, "prior": "empirical", "reference": "adapters"},
+    "text": {"inference": "variational", "prior_weight": 0.01, "prior": "text"},
+    "empirical": {"inference": "variational", "prior_weight": 0.01, "prior": "empirical", "reference": "adapters"},
 }
 METHODS = ["none", "stock default", "stock tuned", *OURS]
-# Not in the grid: what the variational posterior's temperature was chosen from, and another optimizer.
-VARIANTS = {f"variational {weight}": OURS["variational"] | {"prior_weight": weight} for weight in (0.01, 0.1, 0.3)}
+# Not in the grid: other temperatures of the variational posterior, what it was before it was a mixture, another optimizer.
+VARIANTS = {f"variational {weight}": OURS["variational"] | {"prior_weight": weight} for weight in (0.003, 0.03, 0.1)}
+VARIANTS["one Gaussian"] = OURS["variational"] | {"prior_weight": 0.03, "inference_kwargs": {"components": 1}}
 VARIANTS["variational adafactor"] = OURS["variational"] | {"optim": "adafactor"}
 
 

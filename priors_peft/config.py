@@ -35,7 +35,7 @@ class PriorConfig(PromptLearningConfig):
             `"draws"`.
         prior_weight: Weight of log p(θ) in the objective, the posterior's temperature: 1 is Bayes' rule, 0 uses the prior
             for initialization only, less than 1 is a colder posterior. `"auto"`: `PriorTrainer` chooses it by held-out
-            likelihood, or, resumed, takes the checkpoint's. None: what suits the algorithm, 0.03 for `"variational"`, 1 for `"map"`.
+            likelihood, or, resumed, takes the checkpoint's. None: what suits the algorithm, 0.01 for `"variational"`, 1 for `"map"`.
         inference: How the posterior is found (`priors_peft.inference`): `"map"`, its mode; `"variational"`, the nearest
             Gaussian; `"laplace"`, the Gaussian about the mode; `"sghmc"`, draws of a Markov chain; `"svgd"`, particles
             that keep apart. None: `"variational"` for a soft prompt under a `"structured"` or `"gaussian"` prior, where it

@@ -11,9 +11,9 @@ from priors_peft import PriorConfig
 @pytest.mark.parametrize(
     ("given", "inference", "prior_weight"),
     [
-        ({}, "variational", 0.03),
-        ({"prior": "gaussian"}, "variational", 0.03),
-        ({"inference": "variational"}, "variational", 0.03),
+        ({}, "variational", 0.01),
+        ({"prior": "gaussian"}, "variational", 0.01),
+        ({"inference": "variational"}, "variational", 0.01),
         ({"inference": "sghmc"}, "sghmc", 0.1),
         ({"inference": "laplace"}, "laplace", 1.0),
         ({"inference": "variational", "prior_weight": 0.2}, "variational", 0.2),

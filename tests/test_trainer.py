@@ -224,7 +224,7 @@ def test_training_on_tensors_or_a_stream_is_training_on_their_rows(tmp_path):
     for dataset in (rows, rows.with_format("torch"), rows.to_iterable_dataset()):
         found.append(train(dataset))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    with pytest.raises(ValueError, match="prior_weight must be 0 for a streamed train_dataset, got 0.03"):
+    with pytest.raises(ValueError, match="prior_weight must be 0 for a streamed train_dataset, got 0.01"):
         train(rows.to_iterable_dataset(), num_virtual_tokens=4)
 
 

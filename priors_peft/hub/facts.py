@@ -46,8 +46,8 @@ SETTINGS = (
     "greater_is_better",
     "early_stopping_patience",
 )
-# Told where they are not this.
-USUAL = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "optim_args": None, "lr_scheduler_kwargs": None}
+# Told where they are not their defaults.
+UNUSUAL = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
 # What evaluation logs besides a task's own figures.
 _TIMINGS = ("runtime", "per_second", "preparation_time")
 
@@ -170,7 +170,8 @@ def collect_facts(
 
 def _settings(args: Any) -> dict[str, Any]:
     told = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    told |= {name: getattr(args, name) for name, usual in USUAL.items() if getattr(args, name) not in (usual, {})}
+    usual = {item.name: item.default for item in fields(args)}
+    told |= {name: getattr(args, name) for name in UNUSUAL if getattr(args, name) not in (usual[name], {})}
     return public_value(told)
 
 

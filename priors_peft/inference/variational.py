@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # How often a Gaussian sees each row, from which on another one is worth more, and how many there are at most.
-VISITS, MOST = 8, 4
+VISITS, MOST = 8, 8
 
 
 class Variational(Inference):
@@ -32,7 +32,7 @@ class Variational(Inference):
     1998; of independent starts Wilson & Izmailov, 2020), which share each step's rows out among them: it takes no more steps.
 
     Args:
-        components: How many Gaussians; `"auto"`: as many as see each row some eight times in training, at most 4.
+        components: How many Gaussians; `"auto"`: as many as see each row some eight times in training, at most 8.
         initial_scale: Standard deviation of q at the start, in prior standard deviations, > 0.
         rank: Directions in which coordinates vary together, beside their own variances (Ong et al., 2018); 0 for none.
 
@@ -41,7 +41,7 @@ class Variational(Inference):
     """
 
     samples = True
-    prior_weight = 0.03
+    prior_weight = 0.01
 
     def __init__(self, initial_scale: float = 0.1, rank: int = 0, components: int | str = "auto") -> None:
         if not initial_scale > 0:

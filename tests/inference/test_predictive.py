@@ -191,7 +191,8 @@ def test_gaussians_of_a_mixture_share_the_rows_of_a_step(tmp_path, tuning, rows)
 
 
 @pytest.mark.parametrize(
-    ("rows", "steps", "count"), [(32, 120, 4), (16, 120, 4), (128, 120, 1), (128, 300, 2), (1024, 120, 1), (32, -1, 1)]
+    ("rows", "steps", "count"),
+    [(32, 120, 4), (16, 120, 8), (8, 120, 8), (128, 120, 1), (128, 300, 2), (1024, 120, 1), (32, -1, 1)],
 )
 def test_a_posterior_has_as_many_gaussians_as_see_each_row_eight_times(tmp_path, rows, steps, count):
     trainer = make_trainer(
