@@ -65,6 +65,7 @@ STYLES = {
     "map": ("#e69f00", "^"),
     "variational": ("#0072b2", "o"),
     "its one prompt": ("#0072b2", "x"),
+    "one Gaussian": ("#8fbfe0", "o"),
     "sghmc": ("#009e73", "D"),
     "laplace": ("#cc79a7", "P"),
     "text": ("#d55e00", "X"),

@@ -33,6 +33,7 @@ class PriorCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._snapshots: dict[str, Snapshots] = {}
+        self._starts: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def on_log(
@@ -67,6 +68,7 @@ class PriorCallback(TrainerCallback):
     ) -> None:
         kept = [(name, encoder) for name, encoder in _trained(model) if not encoder.is_particle]
         self._snapshots = {name: Snapshots(encoder.initial_prompt) for name, encoder in kept}
+        self._starts = {name: encoder.initial_prompt.clone() for name, encoder in kept}
         for name, snapshots in self._snapshots.items():
             path = snapshots_path(args, name)
             if state.global_step and path.is_file():
@@ -91,6 +93,10 @@ class PriorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        for name, encoder in _trained(model):
+            if name in self._snapshots and not torch.equal(encoder.initial_prompt, self._starts[name]):
+                # The prompt that stands for a mixture is of another Gaussian than the one that was followed.
+                self._snapshots[name].prompts = {0: encoder.initial_prompt.detach().float().cpu().clone()}
         best = state.best_global_step if args.load_best_model_at_end else None
         self._take(model, state.global_step if best is None else best)
         self._write(args)

@@ -260,7 +260,9 @@ class PriorPeftModel(AdapterModel):
             return outputs.last_hidden_state
         asked = [name for name in _EXTRAS if options.get(name)]
         if asked:
-            raise ValueError(f"{asked[0]} must be False for rows with different prompts, got True")
+            raise ValueError(
+                f"{asked[0]} must be False for rows with different prompts, as a mixture's are in training, got True"
+            )
         parts = [run(name, prompt, text.of(prompt.rows)).last_hidden_state for name, prompt in prompts.items()]
         order = torch.tensor([row for prompt in prompts.values() for row in prompt.rows])
         return torch.cat(parts)[order.argsort().to(parts[0].device)]

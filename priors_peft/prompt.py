@@ -29,6 +29,7 @@ class PriorPromptEncoder(BasePromptEncoder):
         initial_prompt: θ before training, shape `[S, P, d]`: drift is measured from it.
         is_particle: Whether it stands, with others, for the posterior of another prompt, and goes when training ends.
         free_scale: Whether the scale of the priors is found with the posterior, by the evidence.
+        starts: θ where each Gaussian of a mixture began, shape `[C, S, P, d]`, while training knows it.
         noise: What draws for steps of training are made of; PyTorch's own if None.
 
     Output shape: `[S, P, d]`
@@ -38,6 +39,7 @@ class PriorPromptEncoder(BasePromptEncoder):
     initial_prompt: Tensor
     point: Tensor | None
     posterior: Any
+    starts: Tensor | None = None
     noise: torch.Generator | None = None
 
     def __init__(

@@ -151,12 +151,12 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
         return state | {name: whole(parameter.detach()).clone() for name, parameter in module.named_parameters()}
 
 
-@torch.no_grad()
 def process_rank() -> int:
     """Number of this process among those that train together."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+@torch.no_grad()
 def share(module: nn.Module, device: torch.device) -> None:
     """Give every process the first one's state, as machines of different kinds round differently."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and not is_sharded(module):

@@ -81,12 +81,7 @@ class PriorTrainer(LikelihoodTrainer):
         # What is filled in depends on the model, and the caller may use the arguments again for another.
         args = PriorTrainingArguments() if args is None else copy.copy(args)
         check_options(args, kwargs)
-        if args.should_save:
-            # The prompt, its prior and the optimizer's moments, in the checkpoints that are kept, one more, and at the end.
-            state = model.prompt_encoder.state_dict().values()
-            saved = sum(part.numel() * part.element_size() for part in state)
-            saved += 16 * sum(part.numel() for part in model.prompt_encoder.parameters())
-            check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
+        _check_room(model, args)
         self.adapter_names = list(adapter_names or [model.active_adapter])
         check_adapters(model, self.adapter_names, learning_rates, args)
         kinds = [
@@ -127,6 +122,10 @@ class PriorTrainer(LikelihoodTrainer):
             **kwargs,
         )
         check_processes(self)
+        if train_dataset is not None:
+            for name, kind in zip(self.adapter_names, kinds, strict=True):
+                kind.begin(self, name)
+            _check_room(model, args)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             shard_base_model(self)
             # To Trainer, from here on, it is DDP.
@@ -211,15 +210,9 @@ class PriorTrainer(LikelihoodTrainer):
             self.learning_rates[other] = self.learning_rates[name]
             self.model.set_requires_grad(other, True)
             share(self.model.prompt_encoder[other], self.args.device)
-        for name in self.adapter_names:
-            encoder, config = self.model.prompt_encoder[name], self.model.peft_config[name]
+        for encoder in map(self.model.prompt_encoder.__getitem__, self.adapter_names):
             if not encoder.is_variational:
                 encoder.posterior = encoder.point = None
-            parameters = len(list(encoder.parameters()))
-            inference_from(config.inference, config.inference_kwargs).begin(self, name)
-            if len(list(encoder.parameters())) != parameters:
-                self.optimizer, self.model_wrapped = None, self.model
-                share(encoder, self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As `Trainer`'s; what it makes of DeepSpeed or FSDP holds until the base model is sharded."""
@@ -304,9 +297,13 @@ class PriorTrainer(LikelihoodTrainer):
         return torch.stack(norms).norm()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        before = list(self.model.prompt_encoder.parameters())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name in self.adapter_names:
             self.model.set_requires_grad(name, True)
+        now = list(self.model.prompt_encoder.parameters())
+        if list(map(id, now)) != list(map(id, before)):  # a posterior of as many Gaussians as the checkpoint's
+            self.optimizer, self.model_wrapped = None, self.model
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -364,6 +361,15 @@ class _Inferring(TrainerCallback):
         for name in self._trainer.adapter_names:
             self._trainer.model.prompt_encoder[name].noise = None
             choose_point(self._trainer, name)
+
+
+def _check_room(model: PriorPeftModel, args: PriorTrainingArguments) -> None:
+    if args.should_save:
+        # The prompt, its prior and the optimizer's moments, in the checkpoints that are kept, one more, and at the end.
+        state = model.prompt_encoder.state_dict().values()
+        saved = sum(part.numel() * part.element_size() for part in state)
+        saved += 16 * sum(part.numel() for part in model.prompt_encoder.parameters())
+        check_writable(args.output_dir, saved * (2 + (args.save_total_limit or 1)))
 
 
 def _learning_rate(model: PriorPeftModel, name: str) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import PriorConfig
 from ..files import atomic_path, sha256, write_json
-from ..inference.posterior import posterior_from
+from ..inference.posterior import MixturePosterior, posterior_from
 from ..priors import GaussianPrior, Prior, own_prior, prior_class, prior_family, prior_names
 from ..priors.reference import Provenance
 from ..prompt import PriorPromptEncoder
@@ -205,8 +205,16 @@ class SavedAdapter:
                 f"like the model's, got a {saved.coordinates} one of shape {tuple(saved.coordinate.shape)}: "
                 "use the configuration it was trained with"
             )
-        if not encoder.is_variational or encoder.posterior.state_dict().keys() != saved.posterior.state_dict().keys():
-            encoder.posterior = saved.posterior  # of as many draws, or Gaussians, as there were by then
+        held = {} if saved.posterior is None else saved.posterior.state_dict()
+        if not encoder.is_variational:
+            encoder.posterior = saved.posterior  # of as many draws as there were by then
+        elif not held:
+            raise ValueError(
+                f"the checkpoint must hold a posterior like the model's, got a point (inference={self.config.inference!r}): "
+                "use the configuration it was trained with"
+            )
+        elif encoder.posterior.state_dict().keys() != held.keys():  # of as many Gaussians as there were then
+            encoder.posterior = saved.posterior.requires_grad_(encoder.coordinate.requires_grad)
         encoder.point = saved.point
         encoder.load_state_dict(saved.state_dict())
 
@@ -312,9 +320,16 @@ def _checked_priors(family: str, config: PriorConfig, state: dict[str, Tensor]) 
             raise ValueError(f"the prompt and its prior must be finite, got inf or nan ({family})")
     posterior = posterior_from(_posterior(state), trained=False)
     if posterior is not None:
-        drawn = posterior.sample(state["coordinate"], 1)
-        if tuple(drawn.shape) != (1, *expected) or not torch.isfinite(drawn).all():
-            raise ValueError(f"the posterior must give finite prompts of shape {expected}, got {tuple(drawn.shape)}")
+        coordinate = state["coordinate"]
+        parts: list[tuple[Tensor, Any]] = [(coordinate, posterior)]
+        if isinstance(posterior, MixturePosterior):
+            parts = posterior.parts(coordinate)
+        for mean, part in parts:
+            drawn = part.sample(mean, 1)
+            if tuple(drawn.shape) != (1, *expected) or not torch.isfinite(drawn).all():
+                raise ValueError(
+                    f"the posterior must give finite prompts of shape {expected}, got {tuple(drawn.shape)}"
+                )
     return priors
 
 

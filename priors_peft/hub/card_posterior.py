@@ -57,7 +57,8 @@ def posterior(facts: "Facts") -> str | None:
         + " (variational inference)",
     }
     told = what.get(facts.config["inference"], "an algorithm of its author's") if shapes else "not in this folder"
-    held = "the draw that predicts most as their average does" if "point" in shapes else "its mean"
+    mean = "its mean" if gaussians == 1 else "the mean of one of them"
+    held = "the draw that predicts most as their average does" if "point" in shapes else mean
     return (
         f"The posterior is {told}. The adapter holds {held}; figures “averaged over” draws are of token probabilities "
         "averaged over that many prompts drawn from it, as within `model.averaged(8)`."

@@ -42,7 +42,7 @@ class Inference:
         return None
 
     def begin(self, trainer: "PriorTrainer", name: str) -> None:
-        """Called for each prompt when training begins or is resumed, before there is an optimizer."""
+        """Called for each prompt when a trainer with training rows is made, before it shards the base model."""
 
     def prompts(self, model: Any, name: str) -> list[str]:
         """The prompts that are trained for the prompt `name`, itself first; called when training begins or is resumed."""

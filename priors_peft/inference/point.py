@@ -57,6 +57,10 @@ def choose_point(trainer: "PriorTrainer", name: str) -> None:
         if best:
             draws = encoder.posterior.sample(encoder.coordinate, count, torch.Generator().manual_seed(0))
             encoder.point = draws[best - 1].detach().clone()
+            if encoder.starts is not None:  # of a mixture: drift is from where the draw's own Gaussian began
+                means = torch.stack([mean for mean, _ in encoder.posterior.parts(encoder.coordinate)])
+                nearest = int((means - encoder.point).flatten(1).norm(dim=1).argmin())
+                encoder.initial_prompt.copy_(encoder.starts[nearest])
         start, steps = encoder.point, min(STEPS, trainer.state.global_step // SHARE)
         tokens = sum(drawn.shape[1] for _, drawn in deciding)
         if steps and found[best] > WORTH * tokens:

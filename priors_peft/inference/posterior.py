@@ -87,9 +87,14 @@ class MixturePosterior(nn.Module):
 
     def __init__(self, gaussians: Sequence[GaussianPosterior], means: Tensor, trained: bool) -> None:
         super().__init__()
-        if len(means) != len(gaussians) - 1 or means.shape[1:] != gaussians[0].rho.shape:
-            expected = [len(gaussians) - 1, *gaussians[0].rho.shape]
-            raise ValueError(f"means must have shape {expected}, got {list(means.shape)}")
+        expected, shapes = (
+            [len(gaussians) - 1, *gaussians[0].rho.shape],
+            {gaussian.rho.shape for gaussian in gaussians},
+        )
+        if list(means.shape) != expected or len(shapes) > 1:
+            raise ValueError(
+                f"means must have shape {expected}, and every rho {expected[1:]}, got {list(means.shape)}"
+            )
         self.gaussians = nn.ModuleList(gaussians)
         if trained:
             self.means = nn.Parameter(means)

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class Variational(Inference):
     1998; of independent starts Wilson & Izmailov, 2020), which share each step's rows out among them: it takes no more steps.
 
     Args:
-        components: How many Gaussians; `"auto"`: as many as see each row some eight times in training, at most 8.
+        components: How many Gaussians; `"auto"`: as many as see each row some eight times in training, at most 8 and the rows
+            of a step; one where predictions are not averaged (`posterior_draws=1`) or the optimizer is the user's own.
         initial_scale: Standard deviation of q at the start, in prior standard deviations, > 0.
         rank: Directions in which coordinates vary together, beside their own variances (Ong et al., 2018); 0 for none.
 
@@ -62,32 +63,44 @@ class Variational(Inference):
         return GaussianPosterior.of_scale(scale, factor, trained=True).to(encoder.coordinate.device)
 
     def begin(self, trainer: "PriorTrainer", name: str) -> None:
-        from ..fitting import new_prompt
-
         encoder, config = trainer.model.prompt_encoder[name], trainer.model.peft_config[name]
         posterior, count = encoder.posterior, self._count(trainer)
-        if count == 1 or not isinstance(posterior, GaussianPosterior) or posterior.log_scale.unique().numel() > 1:
-            return  # what was trained before goes on as it is
-        priors, start = copy.deepcopy(encoder.priors).cpu(), encoder().detach()
-        means = []
-        for number in range(1, count):
-            # A prompt that did not begin at a draw of its prior has no other beginning.
-            prompt = new_prompt(trainer.model.base_model, config, priors, config.seed + 1_000_003 * number).to(start)
-            new = encoder.drift(start) < 1e-3
-            means.append(encoder.from_prompt(prompt if new else start))
+        if isinstance(posterior, MixturePosterior) or posterior.log_scale.unique().numel() > 1:
+            there = len(posterior.parts(encoder.coordinate))
+            if self.components not in ("auto", there):
+                logger.warning(
+                    "components=%d is not for %r, whose trained posterior goes on with %d", count, name, there
+                )
+            return
+        if count == 1:
+            return
+        start = encoder().detach()
+        starts = [start] * count
+        # A prompt that was trained before has no other beginnings.
+        if torch.allclose(encoder.coordinate, encoder.from_prompt(encoder.initial_prompt), atol=1e-2):
+            starts[1:] = _other_starts(trainer.model.base_model, config, encoder, count)
+        means = torch.stack([encoder.from_prompt(one) for one in starts[1:]])
         others = [copy.deepcopy(posterior) for _ in means]
-        encoder.posterior = MixturePosterior([posterior, *others], torch.stack(means), trained=True)
-        logger.info("the posterior of %r is a mixture of %d Gaussians", name, count)
+        encoder.posterior = MixturePosterior([posterior, *others], means, trained=True)
+        encoder.starts = torch.stack(starts)
+        encoder.posterior.requires_grad_(encoder.coordinate.requires_grad)
 
     def _count(self, trainer: "PriorTrainer") -> int:
+        args, own = trainer.args, trainer.optimizer is not None
         if isinstance(self.components, int):
+            if own and self.components > 1:
+                raise ValueError(
+                    f"components must be 1 with an optimizer of your own, got {self.components}: it was made before these "
+                    "parameters. Leave out optimizers=, or name one by optim="
+                )
             return self.components
-        args, rows = trainer.args, trainer.train_dataset
-        if not hasattr(rows, "__len__"):
+        if own or args.posterior_draws == 1 or not hasattr(trainer.train_dataset, "__len__"):
             return 1
-        seen = trainer.get_total_train_batch_size(args) * args.max_steps / len(rows)
-        visits = seen if args.max_steps > 0 else args.num_train_epochs
-        return max(1, min(MOST, round(visits / VISITS)))
+        rows_a_step = trainer.get_total_train_batch_size(args)
+        batches = math.ceil(len(trainer.train_dataset) * args.gradient_accumulation_steps / rows_a_step)
+        epochs = args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
+        visits = epochs if args.max_steps > 0 else args.num_train_epochs
+        return max(1, min(MOST, rows_a_step, round(visits / VISITS)))
 
     def finish(self, trainer: "PriorTrainer") -> None:
         for name in trainer.adapter_names:
@@ -96,6 +109,14 @@ class Variational(Inference):
                 parts = encoder.posterior.parts(encoder.coordinate)
                 second_moment = torch.stack([mean.square() + part.variance(mean) for mean, part in parts])
                 encoder.rescale(second_moment.detach().mean((0, 2, 3)).sqrt())
+
+
+def _other_starts(model: Any, config: Any, encoder: "PriorPromptEncoder", count: int) -> list[Tensor]:
+    from ..fitting import new_prompt
+
+    priors = copy.deepcopy(encoder.priors).cpu()  # draws are the same on all devices
+    seeds = [config.seed + 1_000_003 * number for number in range(1, count)]
+    return [new_prompt(model, config, priors, seed).to(encoder.initial_prompt) for seed in seeds]
 
 
 def divergence(encoder: "PriorPromptEncoder", prompts: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from priors_peft.files import sha256
 from priors_peft.hub import reading
 from priors_peft.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRIOR_CONFIG, PRIOR_WEIGHTS, read_adapter
 from priors_peft.hub.export import export_adapter
+from priors_peft.inference.posterior import MixturePosterior
+from priors_peft.inference.variational import Variational
 
 
 COUNT = 4
@@ -171,6 +173,23 @@ def test_a_prompt_that_is_not_finite_is_refused(tmp_path, name):
     save_file(tensors, folder / PRIOR_WEIGHTS)
     write(tmp_path / "b", {name: (folder / name).read_bytes() for name in FILES}, rehash=True)
     with pytest.raises(ValueError, match="the prompt and its prior must be finite"):
+        read_adapter(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["means", "gaussians.0.rho", "gaussians.2.rho", "gaussians.2.factor"])
+def test_every_gaussian_of_a_mixture_must_be_finite(tmp_path, name):
+    settings = {"inference": "variational", "inference_kwargs": {"components": 3, "rank": 1}}
+    model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, **settings), tokenizer=make_tokenizer())
+    encoder = model.prompt_encoder["default"]
+    parts = [Variational(rank=1).start(encoder) for _ in range(3)]
+    encoder.posterior = MixturePosterior(parts, torch.zeros(2, *encoder.coordinate.shape), trained=True)
+    model.save_pretrained(tmp_path / "a")
+    read_adapter(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / PRIOR_WEIGHTS)
+    tensors[f"posterior.{name}"].view(-1)[-1] = float("nan")
+    save_file(tensors, tmp_path / "a" / PRIOR_WEIGHTS)
+    write(tmp_path / "b", {file: (tmp_path / "a" / file).read_bytes() for file in FILES}, rehash=True)
+    with pytest.raises(ValueError, match="the posterior must give finite prompts"):
         read_adapter(tmp_path / "b")
 
 

@@ -10,8 +10,15 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainer import coordinate, make_trainer
+from transformers import TrainerCallback
 
-from priors_peft import PriorConfig, PriorPeftModel, get_prior_model
+from priors_peft import (
+    PriorConfig,
+    PriorPeftModel,
+    PriorTrainer,
+    PriorTrainingArguments,
+    get_prior_model,
+)
 from priors_peft.data import IGNORED, pad, tokenize
 from priors_peft.inference.posterior import SCALE_RATE, GaussianPosterior, SampledPosterior
 from priors_peft.inference.predictive import predict
@@ -160,7 +167,6 @@ def test_a_variational_step_minimizes_the_bound(tmp_path):
 def test_gaussians_of_a_mixture_share_the_rows_of_a_step(tmp_path, tuning, rows):
     config = {"inference": "variational", "inference_kwargs": SETTINGS["mixture"], "tuning": tuning}
     trainer = make_trainer(tmp_path, config=config)
-    trainer._begin()
     model = trainer.model.train()
     encoder, batch = model.prompt_encoder["default"], batch_of(model, rows)
     seen = set()
@@ -191,14 +197,25 @@ def test_gaussians_of_a_mixture_share_the_rows_of_a_step(tmp_path, tuning, rows)
 
 
 @pytest.mark.parametrize(
-    ("rows", "steps", "count"),
-    [(32, 120, 4), (16, 120, 8), (8, 120, 8), (128, 120, 1), (128, 300, 2), (1024, 120, 1), (32, -1, 1)],
+    ("rows", "settings", "count"),
+    [
+        (32, {"max_steps": 120}, 4),
+        (16, {"max_steps": 120}, 8),
+        (8, {"max_steps": 999}, 8),
+        (4, {"max_steps": 20}, 2),  # a batch has no more rows than there are
+        (128, {"max_steps": 120}, 1),
+        (128, {"max_steps": 300}, 2),
+        (128, {"max_steps": 150, "gradient_accumulation_steps": 2}, 2),
+        (1024, {"max_steps": 120}, 1),
+        (32, {"max_steps": -1}, 1),
+        (32, {"max_steps": -1, "num_train_epochs": 32}, 4),
+        (16, {"max_steps": 999, "per_device_train_batch_size": 2}, 2),  # each has a row a step
+        (16, {"max_steps": 999, "posterior_draws": 1}, 1),
+    ],
 )
-def test_a_posterior_has_as_many_gaussians_as_see_each_row_eight_times(tmp_path, rows, steps, count):
-    trainer = make_trainer(
-        tmp_path, rows=rows, config={"inference": "variational"}, max_steps=steps, per_device_train_batch_size=8
-    )
-    trainer._begin()
+def test_a_posterior_has_as_many_gaussians_as_see_each_row_eight_times(tmp_path, rows, settings, count):
+    settings = {"per_device_train_batch_size": 8} | settings
+    trainer = make_trainer(tmp_path, rows=rows, config={"inference": "variational"}, **settings)
     encoder = trainer.model.prompt_encoder["default"]
     parts = encoder.posterior.parts(encoder.coordinate)
     assert len(parts) == count
@@ -213,7 +230,6 @@ def test_the_gaussians_of_a_prompt_that_was_trained_begin_where_it_is(tmp_path):
     )
     model = PriorPeftModel.from_pretrained(make_model(), str(tmp_path / "point"), config=config, is_trainable=True)
     trainer = make_trainer(tmp_path, model=model)
-    trainer._begin()
     encoder = model.prompt_encoder["default"]
     assert torch.allclose(encoder.posterior.means, encoder.coordinate.expand(2, -1, -1, -1), atol=1e-5)
     trainer.train()  # their noise is their own
@@ -225,7 +241,6 @@ def test_a_trained_mixture_goes_on_with_its_gaussians(tmp_path):
     model = PriorPeftModel.from_pretrained(make_model(), str(tmp_path), is_trainable=True)
     before = {name: value.clone() for name, value in model.prompt_encoder.state_dict().items()}
     trainer = make_trainer(tmp_path / "again", model=model, max_steps=2)
-    trainer._begin()
     assert all(torch.equal(value, before[name]) for name, value in model.prompt_encoder.state_dict().items())
     trainer.train()
     after = model.prompt_encoder["default"].posterior.state_dict()
@@ -446,3 +461,73 @@ def test_draws_of_a_sampled_posterior_have_the_prompt_as_their_mean_and_nothing_
         and len(encoder.posterior.draws) == {"sghmc": 4, "svgd": 3}[inference]
     )
     assert torch.allclose(encoder.posterior.draws.mean(0), encoder.coordinate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("begun", "resumed"), [(8, 300), (300, 8)])
+def test_a_resumed_run_has_the_gaussians_of_its_checkpoint(tmp_path, begun, resumed):
+    settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 8}
+    config = {"inference": "variational"}
+    callbacks = [StopAfter(2)]
+    make_trainer(tmp_path, rows=32, config=config, max_steps=begun, callbacks=callbacks, **settings).train()
+    saved = load_file(tmp_path / "checkpoint-2" / "prior.safetensors")
+    assert ("posterior.means" in saved) == (begun == 300)
+    trainer = make_trainer(tmp_path, rows=32, config=config, max_steps=resumed, callbacks=[StopAfter(4)], **settings)
+    trainer.train(resume_from_checkpoint=True)
+    state = trainer.model.prompt_encoder["default"].posterior.state_dict()
+    assert {f"posterior.{key}" for key in state} == {key for key in saved if key.startswith("posterior.")}
+    moved = [not torch.equal(value, saved[f"posterior.{key}"]) for key, value in state.items() if value.numel()]
+    assert all(moved) and trainer.state.global_step == 4
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def test_a_mixtures_scale_is_that_of_most_evidence(tmp_path):
+    config = {"inference": "variational", "inference_kwargs": {"components": 3}, "prior_kwargs": {"scale": "evidence"}}
+    trainer = make_trainer(tmp_path, config=config)
+    trainer.train()
+    encoder = trainer.model.prompt_encoder["default"]
+    moments = [mean.square() + part.variance(mean) for mean, part in encoder.posterior.parts(encoder.coordinate)]
+    assert torch.stack(moments).mean().item() == pytest.approx(1.0, rel=1e-4)
+    scale = (
+        encoder.priors[0].scale_tril.norm()
+        / make_trainer(tmp_path, config=config | {"prior_kwargs": {}})
+        .model.prompt_encoder["default"]
+        .priors[0]
+        .scale_tril.norm()
+    )
+    assert scale.item() != pytest.approx(1.0, rel=1e-4)
+
+
+def test_an_optimizer_of_ones_own_has_one_gaussian(tmp_path):
+    def trainer(**kwargs):
+        config = {"inference": "variational", "inference_kwargs": kwargs}
+        model = get_prior_model(make_model(), PriorConfig(num_virtual_tokens=4, **config), tokenizer=make_tokenizer())
+        own = torch.optim.SGD(model.prompt_encoder.parameters(), lr=0.1)
+        args = PriorTrainingArguments(str(tmp_path), max_steps=99, use_cpu=True, report_to=[])
+        data = {"train_dataset": addition_rows(8), "processing_class": make_tokenizer()}
+        return PriorTrainer(model, args, **data, optimizers=(own, None)), own
+
+    made, own = trainer()
+    assert made.optimizer is own and isinstance(made.model.prompt_encoder["default"].posterior, GaussianPosterior)
+    with pytest.raises(ValueError, match="components must be 1 with an optimizer of your own, got 3"):
+        trainer(components=3)
+
+
+def test_drift_and_course_are_of_the_gaussian_whose_prompt_is_kept(tmp_path):
+    trainer = trained(tmp_path, "mixture", max_steps=6)
+    encoder = trainer.model.prompt_encoder["default"]
+    assert encoder.point is not None
+    means = torch.stack([mean for mean, _ in encoder.posterior.parts(encoder.coordinate)])
+    own = int((means - encoder.point).flatten(1).norm(dim=1).argmin())
+    assert torch.equal(encoder.initial_prompt, encoder.starts[own])
+    steps, prompts = read_snapshots(tmp_path / "snapshots.safetensors")
+    assert torch.allclose(prompts[0], encoder.starts[own], atol=1e-5)
+    assert torch.allclose(prompts[-1], trainer.model.prompt("default").theta, atol=1e-5)
+    assert steps == ([0, 6] if own else list(range(7)))
