@@ -31,7 +31,7 @@ from priors_peft.commands.arguments import (
 )
 from priors_peft.commands.train import PLACES, TrainingArguments, base_model_from, end_together, recipe_of, train
 from priors_peft.files import atomic_path, write_json
-from priors_peft.hub.facts import SETTINGS, USUAL, read_facts
+from priors_peft.hub.facts import SETTINGS, UNUSUAL, read_facts
 from priors_peft.names import unknown
 
 
@@ -264,7 +264,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     """All that a run's figures depend on, as JSON has it; where data lies in full."""
     *others, args = run.parsed()
     found = {name: value for given in others for name, value in vars(given).items()}
-    found |= {name: getattr(args, name) for name in (*SETTINGS, *USUAL, *EVALUATION)}
+    found |= {name: getattr(args, name) for name in (*SETTINGS, *UNUSUAL, *EVALUATION)}
     return json.loads(json.dumps(_in_full(found), default=str))
 
 
